@@ -1,0 +1,280 @@
+"""The rules that the architecture settings obey, as plain functions over a dictionary of fields.
+
+Each rule that does not hold is one sentence "field=value: reason"; all of them are collected before anything is
+built, so that a user sees every fault at once. Rules that divide or compare run only when the values they need are
+sound by themselves.
+"""
+
+import difflib
+import math
+from typing import Any
+
+from cognexis.errors import InvalidConfigError
+
+FFN_ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu")
+GATED_ACTIVATIONS = ("swiglu", "geglu")
+NORM_TYPES = ("rmsnorm", "layernorm")
+LAYER_TYPES = ("full_attention", "sliding_attention")
+STAGES = ("prelude", "core", "coda")
+HARD_MAX_LOOPS = 65_536
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "ffn_activation": FFN_ACTIVATIONS,
+    "norm_type": NORM_TYPES,
+    "final_norm": (*NORM_TYPES, "none"),
+    "recurrent_residual_mode": ("fixed", "depth_scaled", "learned_scalar", "learned_vector"),
+    "recurrent_norm": ("none", "closing", "sandwich"),
+    "recurrent_init": ("h0", "random"),
+    "input_injection": ("none", "residual", "concat_project", "gate_condition", "attention_memory"),
+    "injection_site": ("pre", "post"),
+    "injection_projection": ("linear", "identity"),
+    "state_retention": ("final_only", "all", "selected", "checkpointed"),
+}
+_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+_PROBABILITIES = (
+    *("attention_dropout", "ffn_dropout", "embedding_dropout", "classifier_dropout"),
+    *("prelude_stochastic_depth", "recurrent_stochastic_depth", "coda_stochastic_depth"),
+)
+_SIZE_LIMITS = {  # field: (smallest, largest) accepted; the caps refuse absurd sizes before anything is allocated
+    "vocab_size": (1, 2**31 - 1),
+    "hidden_size": (1, 2**20),
+    "intermediate_size": (1, 2**24),
+    "num_attention_heads": (1, 2**16),
+    "num_key_value_heads": (1, 2**16),
+    "head_dim": (2, 2**16),
+    "max_position_embeddings": (1, 2**31 - 1),
+    "num_prelude_blocks": (0, 2**16),
+    "num_recurrent_blocks": (1, 2**10),
+    "num_coda_blocks": (0, 2**16),
+    "trained_max_loops": (1, HARD_MAX_LOOPS),
+    "max_loops": (1, HARD_MAX_LOOPS),
+    "min_loops": (1, HARD_MAX_LOOPS),
+    "default_loops": (1, HARD_MAX_LOOPS),
+    "kv_slots": (1, HARD_MAX_LOOPS),
+    "backprop_loops": (1, HARD_MAX_LOOPS),
+    "sliding_window": (1, 2**31 - 1),
+    "ffn_multiple_of": (1, 2**16),
+}
+# What a stage may have of its own, with the type; the head width is shared because the rotary table is.
+_STAGE_OVERRIDES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "intermediate_size"), int),
+    **dict.fromkeys(("ffn_activation", "norm_type"), str),
+    **dict.fromkeys(("attention_bias", "mlp_bias"), bool),
+    **dict.fromkeys(("rms_norm_eps", "attention_dropout", "ffn_dropout"), (float, int)),
+}
+
+
+def swiglu_width(hidden_size: int, multiple_of: int = 256) -> int:
+    """Feed-forward width 8/3 x ``hidden_size``, rounded up to a multiple (4096 and 256 give 11008)."""
+    return math.ceil(8 * hidden_size / 3 / multiple_of) * multiple_of
+
+
+def nearest_name(name: str, known: Any, cutoff: float = 0.6) -> str:
+    """Return " (did you mean 'x'?)" for the known name closest to ``name``, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def derived_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """Fill the fields left at None."""
+    v = dict(values)
+    if v["intermediate_size"] is None:
+        v["intermediate_size"] = swiglu_width(v["hidden_size"], v["ffn_multiple_of"] or 256)
+    if v["num_key_value_heads"] is None:
+        heads = v["num_attention_heads"]
+        v["num_key_value_heads"] = heads // 4 if heads % 4 == 0 else heads
+    if v["head_dim"] is None and v["num_attention_heads"] > 0:
+        v["head_dim"] = v["hidden_size"] // v["num_attention_heads"]
+    for name in ("max_loops", "kv_slots", "default_loops"):
+        if v[name] is None:
+            v[name] = v["trained_max_loops"] if name == "max_loops" else v["max_loops"]
+    return v
+
+
+def unknown_key_fault(key: str, known: set[str], cutoff: float = 0.0) -> str:
+    near = nearest_name(key, known, cutoff or 0.6)
+    return f"{key}: unknown key{near}" if near or not cutoff else ""
+
+
+def config_error(faults: list[str]) -> InvalidConfigError:
+    first = faults[0].split(":", 1)[0].split("=", 1)[0]
+    head = "invalid configuration" if len(faults) == 1 else f"invalid configuration, {len(faults)} faults"
+    error = InvalidConfigError(f"{head}: " + "; ".join(faults), path=first, reason=faults[0])
+    error.faults = faults  # type: ignore[attr-defined]
+    return error
+
+
+def architecture_faults(values: dict[str, Any]) -> list[str]:
+    """Every broken rule of a complete, correctly typed set of fields, as "field=value: reason"."""
+    v = derived_fields(values)
+    faults: list[str] = []
+
+    def rule(name: str, holds: bool, reason: str) -> None:
+        if not holds:
+            faults.append(f"{name}={v[name]!r}: {reason}")
+
+    for name, (low, high) in _SIZE_LIMITS.items():
+        rule(name, v[name] is None or low <= v[name] <= high, f"must be between {low} and {high}")
+    for name, choices in _CHOICES.items():
+        rule(name, v[name] in choices, f"must be one of {', '.join(choices)}{nearest_name(v[name], choices)}")
+    for name in _PROBABILITIES:
+        rule(name, 0 <= v[name] < 1, "must be a probability in [0, 1)")
+    for name in ("embedding_scale", "rms_norm_eps", "initializer_range"):
+        rule(name, math.isfinite(v[name]) and v[name] > 0, "must be finite and positive")
+    for name in ("recurrent_residual_scale", "injection_scale"):
+        rule(name, math.isfinite(v[name]) and v[name] >= 0, "must be finite and not negative")
+    rule("gate_init_bias", math.isfinite(v["gate_init_bias"]), "must be finite")
+    rule("global_tokens", v["global_tokens"] >= 0, "must be 0 or more")
+    if faults:
+        return faults + _rope_faults(v)  # the rules below divide by and compare these values
+
+    heads, kv = v["num_attention_heads"], v["num_key_value_heads"]
+    rule(
+        "hidden_size",
+        v["hidden_size"] == heads * v["head_dim"],
+        f"must equal num_attention_heads * head_dim = {heads} * {v['head_dim']} = {heads * v['head_dim']}",
+    )
+    rule("num_attention_heads", heads % kv == 0, f"must be a multiple of num_key_value_heads={kv}")
+    if v["ffn_multiple_of"] is not None:
+        aligned = v["intermediate_size"] % v["ffn_multiple_of"] == 0
+        rule("intermediate_size", aligned, f"must be a multiple of ffn_multiple_of={v['ffn_multiple_of']}")
+    rule("max_loops", v["max_loops"] >= v["min_loops"], f"must be at least min_loops={v['min_loops']}")
+    bounds = f"must lie between min_loops={v['min_loops']} and max_loops={v['max_loops']}"
+    rule("default_loops", v["min_loops"] <= v["default_loops"] <= v["max_loops"], bounds)
+    multi = v["num_recurrent_blocks"] == 1 or v["experimental_multi_block"]
+    rule("num_recurrent_blocks", multi, "more than one core block needs experimental_multi_block=True")
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        ids = v[name] if isinstance(v[name], list) else [v[name]]
+        inside = all(i is None or 0 <= i < v["vocab_size"] for i in ids)
+        rule(name, inside, f"must lie in the vocabulary, 0 to {v['vocab_size'] - 1}")
+    for stage, count in (("prelude", "prelude"), ("core", "recurrent"), ("coda", "coda")):
+        name = f"{stage}_layer_types"
+        if (kinds := v[name]) is not None:
+            rule(
+                name,
+                len(kinds) == v[f"num_{count}_blocks"],
+                f"needs num_{count}_blocks={v[f'num_{count}_blocks']}",
+            )
+            rule(
+                name, all(k in LAYER_TYPES for k in kinds), f"entries must be one of {', '.join(LAYER_TYPES)}"
+            )
+    sliding = any("sliding_attention" in (v[f"{s}_layer_types"] or ()) for s in STAGES)
+    rule(
+        "sliding_window",
+        not sliding or v["sliding_window"] is not None,
+        "sliding_attention layers need a window",
+    )
+    rule("sliding_window", sliding or v["sliding_window"] is None, "no layer type is sliding_attention")
+    rule("global_tokens", sliding or not v["global_tokens"], "needs a sliding_attention layer")
+    needs_gate = v["input_injection"] == "gate_condition"
+    rule("input_injection", not needs_gate or v["recurrent_gating"], "needs recurrent_gating=True")
+    rule(
+        "gate_loop_embedding",
+        not v["gate_loop_embedding"] or v["recurrent_gating"],
+        "needs recurrent_gating=True",
+    )
+    enters = v["input_injection"] != "none"
+    rule("recurrent_init", enters or v["recurrent_init"] == "h0", "a random start needs an input_injection")
+    rule(
+        "backprop_loops",
+        enters or v["backprop_loops"] is None,
+        "needs an input_injection, or the prelude never learns",
+    )
+    states = v["selected_states"]
+    rule(
+        "selected_states",
+        all(1 <= s <= v["max_loops"] for s in states),
+        f"must lie in 1..max_loops={v['max_loops']}",
+    )
+    rule(
+        "selected_states",
+        bool(states) == (v["state_retention"] == "selected"),
+        "goes with state_retention='selected'",
+    )
+    rule("cortex", v["cortex"] is None, "Cortex layers are not part of this version")
+    rule("value_head", v["value_head"] is None, "the value head is not part of this version")
+    return faults + _rope_faults(v) + _override_faults(v)
+
+
+def _rope_faults(v: dict[str, Any]) -> list[str]:
+    rope = v["rope_parameters"]
+    if not rope:
+        rotary_width, faults = 1.0, []
+    else:
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        theta, factor, rotary_width = (
+            rope.get("rope_theta", 1e4),
+            rope.get("factor", 1.0),
+            rope.get("partial_rotary_factor", 1.0),
+        )
+        checks = {
+            f"rope_parameters.rope_type={kind!r}: must be one of {', '.join(_ROPE_TYPES)}": kind
+            in _ROPE_TYPES,
+            f"rope_parameters.rope_theta={theta!r}: must be finite and above 1": _is_finite(theta)
+            and theta > 1,
+            f"rope_parameters.factor={factor!r}: must be finite and at least 1": _is_finite(factor)
+            and factor >= 1,
+            f"rope_parameters.partial_rotary_factor={rotary_width!r}: must lie in (0, 1]": _is_finite(
+                rotary_width
+            )
+            and 0 < rotary_width <= 1,
+        }
+        faults = [message for message, holds in checks.items() if not holds]
+    if not faults and v["head_dim"] and (rotated := int(v["head_dim"] * rotary_width)) % 2:
+        faults = [
+            f"head_dim={v['head_dim']}: rotary embedding needs an even number of rotated features, got {rotated}"
+        ]
+    return faults
+
+
+def _override_faults(v: dict[str, Any]) -> list[str]:
+    faults = []
+    for stage, overrides in (v["stage_overrides"] or {}).items():
+        if stage not in STAGES:
+            faults.append(f"stage_overrides.{stage}: must be one of {', '.join(STAGES)}")
+            continue
+        if not isinstance(overrides, dict):
+            faults.append(f"stage_overrides.{stage}={overrides!r}: must be a dictionary of fields")
+            continue
+        for key in overrides:
+            if key not in _STAGE_OVERRIDES:
+                near = nearest_name(key, _STAGE_OVERRIDES)
+                faults.append(
+                    f"stage_overrides.{stage}.{key}: cannot differ by stage{near}; allowed: {', '.join(_STAGE_OVERRIDES)}"
+                )
+        known = {k: value for k, value in overrides.items() if k in _STAGE_OVERRIDES}
+        wrong = {k: w for k, w in known.items() if not _has_type(w, _STAGE_OVERRIDES[k])}
+        if wrong:
+            faults += [f"stage_overrides.{stage}.{k}={w!r}: has the wrong type" for k, w in wrong.items()]
+            continue
+        merged = v | {"stage_overrides": None} | known
+        merged["hidden_size"] = merged["num_attention_heads"] * v["head_dim"]  # a declared projection width
+        faults += [
+            f"stage_overrides.{stage}.{f}"
+            for f in architecture_faults(merged)
+            if f.split("=")[0] in _STAGE_OVERRIDES
+        ]
+    return faults
+
+
+def _has_type(value: Any, wanted: type | tuple[type, ...]) -> bool:
+    return isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def type_faults(cls: Any, values: dict[str, Any]) -> dict[str, str]:
+    """Faults of the fields whose value has the wrong type, by field."""
+    faults = {}
+    for name, value in values.items():
+        for validator in cls.__validators__.get(name, ()):
+            try:
+                validator(value)
+            except (TypeError, ValueError):
+                wanted = getattr(
+                    cls.__dataclass_fields__[name].type, "__name__", cls.__dataclass_fields__[name].type
+                )
+                faults[name] = f"{name}={value!r}: must be of type {wanted}, got {type(value).__name__}"
+    return faults

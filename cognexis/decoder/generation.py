@@ -1,0 +1,358 @@
+"""What generation adds for a looped model: loop keywords, the slotted cache, checks at the entry, loop statistics.
+
+Loop keywords (``loop_mode``, ``num_loops``, ...) are read in this order: the call, ``generation_config``, the
+model's configuration. Everything a request can get wrong is checked before the first forward. The decoding loops
+themselves are transformers' own.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor
+from transformers.cache_utils import Cache
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation.utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
+
+from cognexis.configuration_rules import nearest_name
+from cognexis.decoder.cache import CognexisCache
+from cognexis.decoder.inputs import check_token_ids
+from cognexis.decoder.masks import build_masks
+from cognexis.decoder.request_checks import check_generation_values, check_lengths, check_prompt
+from cognexis.errors import InvalidConfigError, NonFiniteError
+from cognexis.looping.options import LOOP_KEYWORDS, resolve_loop_options
+from cognexis.looping.trace import LoopRecorder
+
+_REFUSED_MODES = {
+    GenerationMode.CONTRASTIVE_SEARCH: "contrastive search needs to rewind and branch the cache",
+    GenerationMode.GROUP_BEAM_SEARCH: "group beam search",
+    GenerationMode.CONSTRAINED_BEAM_SEARCH: "constrained beam search",
+    GenerationMode.DOLA_GENERATION: "DoLa contrasts logits of early layers, which a shared core does not have",
+}
+
+
+@dataclass
+class CognexisGenerateOutput(GenerateDecoderOnlyOutput):
+    """Generated sequences with the compute they took.
+
+    Attributes:
+        loop_counts: ``[B, N]`` loops behind each of the N new tokens; 0 after a row has ended.
+        effective_depths: ``[B, N]`` blocks behind each new token; 0 after a row has ended.
+        halt_reasons: per row, why the loops of each new token stopped.
+        stop_reasons: per row, why generation stopped: "eos_token", "stop_string", "max_new_tokens" or "stop_token".
+        budget_used: ``[B]`` core applications over all passes of the row.
+        loop_diagnostics: bounds, mode and whether the run went beyond the trained depth.
+    """
+
+    loop_counts: Tensor | None = None
+    effective_depths: Tensor | None = None
+    halt_reasons: list[list[str]] | None = None
+    stop_reasons: list[str] | None = None
+    budget_used: Tensor | None = None
+    loop_diagnostics: dict[str, Any] | None = None
+
+
+@dataclass
+class CognexisGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
+    """As :class:`CognexisGenerateOutput`, for beam search."""
+
+    loop_counts: Tensor | None = None
+    effective_depths: Tensor | None = None
+    halt_reasons: list[list[str]] | None = None
+    stop_reasons: list[str] | None = None
+    budget_used: Tensor | None = None
+    loop_diagnostics: dict[str, Any] | None = None
+
+
+class FiniteLogits(LogitsProcessor):
+    """Stops a generation whose logits are not finite, instead of emitting token 0.
+
+    In host memory the fault is raised at once; elsewhere a flag is kept on the device and read at the end, so that
+    no token waits for it.
+    """
+
+    def __init__(self) -> None:
+        self.is_finite: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        is_finite = ~(torch.isnan(scores).any() | torch.isposinf(scores).any() | torch.isneginf(scores).all())
+        self.is_finite = is_finite if self.is_finite is None else self.is_finite & is_finite
+        if scores.device.type == "cpu":
+            self.require()
+        return scores
+
+    def require(self) -> None:
+        """Raise if any step so far had non-finite logits.
+
+        Raises:
+            NonFiniteError: it had.
+        """
+        if self.is_finite is not None and not bool(self.is_finite):
+            raise NonFiniteError("logits: NaN or infinity while generating; the weights or the loop count are unstable")
+
+
+class LoopedGenerationMixin:
+    """Overrides of ``GenerationMixin`` for a model with a loop count."""
+
+    def generate(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """As transformers' ``generate``, with the loop keywords and, with ``return_loop_stats``, loop statistics.
+
+        Args:
+            inputs: ``[B, T]`` prompt ids (also as ``input_ids``), left-padded in batches.
+            generation_config: overrides of the model's own; loop keywords may stand in it.
+            kwargs: transformers' arguments and ``loop_mode, num_loops, min_loops, max_loops, allow_extrapolation,
+                return_loop_stats``.
+
+        Returns:
+            ``[B, T + N]`` ids, or an output object with ``return_dict_in_generate`` or ``return_loop_stats``.
+
+        Raises:
+            InvalidConfigError: an unknown keyword (with the nearest name), a value out of range, a mode that cannot
+                work, a prompt that leaves no position to write to.
+            ShapeMismatchError, InvalidTokenIdError: a prompt or mask of the wrong shape, dtype or range.
+            NonFiniteError: the logits are NaN or infinite.
+        """
+        prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        check_prompt(self.config, prompt, kwargs.get("inputs_embeds"), kwargs.get("attention_mask"))
+        check_generation_values(self.config, kwargs)
+        stats = kwargs.pop("return_loop_stats", None)
+        if stats is None:
+            stats = _first_set("return_loop_stats", generation_config, self.generation_config)
+        streamer = kwargs.get("streamer")
+        if not stats and not hasattr(streamer, "watch"):
+            return self._generate(inputs, generation_config, kwargs)
+        recorder = LoopRecorder()
+        options = self._loop_options(generation_config, kwargs)
+        eos_ids = _as_ids(kwargs.get("eos_token_id", _first_set("eos_token_id", generation_config, self.generation_config)))
+        stop_strings = kwargs.get("stop_strings", _first_set("stop_strings", generation_config, self.generation_config))
+        if hasattr(streamer, "watch"):
+            streamer.watch(recorder, self.config, eos_ids, bool(stop_strings))
+        if stats:
+            kwargs["return_dict_in_generate"] = True
+        result = self._generate(inputs, generation_config, kwargs | {"loop_recorder": recorder})
+        if not stats:
+            return result
+        given = 0 if prompt is None else prompt.shape[1]
+        return _with_loop_stats(result, recorder, self.config, options, given, eos_ids, bool(stop_strings))
+
+    def _generate(self, inputs: Any, generation_config: Any, kwargs: dict[str, Any]) -> Any:
+        """Run transformers' generate with a finiteness check among the logits processors."""
+        guard = FiniteLogits()
+        if not callable(kwargs.get("custom_generate")):
+            kwargs = kwargs | {"logits_processor": [guard, *(kwargs.get("logits_processor") or [])]}
+        result = super().generate(inputs, generation_config=generation_config, **kwargs)  # type: ignore[misc]
+        guard.require()
+        return result
+
+    def _loop_options(self, generation_config: Any, kwargs: dict[str, Any]) -> Any:
+        names = [n for n in LOOP_KEYWORDS if n != "return_loop_stats"]
+        values = {n: kwargs.get(n) for n in names}
+        for name in names:
+            if values[name] is None:
+                values[name] = _first_set(name, generation_config, self.generation_config)
+        return resolve_loop_options(self.config, **values)
+
+    @contextmanager
+    def _default_loops(self, num_loops: int | None) -> Iterator[None]:
+        """Let the configuration's default be ``num_loops`` for a while; for engines that take no keywords."""
+        before = self.config.default_loops
+        if num_loops is not None:
+            self.config.default_loops = num_loops
+        try:
+            yield
+        finally:
+            self.config.default_loops = before
+
+    def generate_batch(self, inputs: Any, generation_config: Any = None, **kwargs: Any) -> Any:
+        """Continuous batching at a fixed loop count.
+
+        Args:
+            inputs: list of prompts, each a list of ids.
+            generation_config: as in transformers.
+            kwargs: transformers' arguments and the loop keywords; the count holds for the whole batch, because the
+                engine mixes tokens of several requests in one row.
+
+        Raises:
+            InvalidConfigError: the model has attention memory, global tokens or head counts that differ by stage.
+        """
+        overrides = (self.config.stage_overrides or {}).values()
+        if self.config.input_injection == "attention_memory" or self.config.global_tokens:
+            raise InvalidConfigError("generate_batch: attention memory and global tokens need a cache slot of their own")
+        if any("num_key_value_heads" in o or "num_attention_heads" in o for o in overrides):
+            raise InvalidConfigError("generate_batch: the paged cache needs equal head counts in all stages")
+        options = self._loop_options(generation_config, kwargs)
+        kwargs = {k: v for k, v in kwargs.items() if k not in LOOP_KEYWORDS}
+        with self._default_loops(options.num_loops):
+            return super().generate_batch(inputs, generation_config, **kwargs)  # type: ignore[misc]
+
+    def _prepare_generation_config(self, generation_config: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        explicit = {name: kwargs.pop(name) for name in LOOP_KEYWORDS if name in kwargs}
+        generation_config, model_kwargs = super()._prepare_generation_config(  # type: ignore[misc]
+            generation_config, *args, **kwargs
+        )
+        for name in LOOP_KEYWORDS:
+            value = explicit.get(name)
+            value = getattr(generation_config, name, None) if value is None else value
+            if value is not None and name != "return_loop_stats":
+                model_kwargs[name] = value
+        resolve_loop_options(self.config, **{k: v for k, v in model_kwargs.items() if k in LOOP_KEYWORDS})
+        check_generation_values(self.config, generation_config.to_dict(), resolved=True)
+        if generation_config.temperature == 0:  # no randomness left: the most likely token
+            generation_config.do_sample, generation_config.temperature = False, 1.0
+        early_exit = generation_config.assistant_early_exit
+        if early_exit is not None and not self.config.first_loop_slot < early_exit <= self.config.num_hidden_layers:
+            first = self.config.first_loop_slot + self.config.num_recurrent_blocks
+            raise InvalidConfigError(
+                f"assistant_early_exit={early_exit}: must be a number of slots from {first} (one loop) to "
+                f"{self.config.num_hidden_layers}",
+                path="assistant_early_exit",
+                value=early_exit,
+            )
+        return generation_config, model_kwargs
+
+    def _get_deprecated_gen_repo(self, generation_mode: Any, trust_remote_code: bool, custom_generate: Any = None) -> Any:
+        if custom_generate is None and generation_mode in _REFUSED_MODES:
+            raise InvalidConfigError(
+                f"generation mode {generation_mode.value}: {_REFUSED_MODES[generation_mode]}; transformers has moved it "
+                "to a repository of its own and it is not tested with looped models. Pass custom_generate= to run it "
+                "all the same"
+            )
+        return super()._get_deprecated_gen_repo(generation_mode, trust_remote_code, custom_generate)  # type: ignore[misc]
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        known = {
+            *inspect.signature(self.forward).parameters,  # type: ignore[attr-defined]
+            *inspect.signature(self.prepare_inputs_for_generation).parameters,
+            *inspect.signature(super().generate).parameters,  # type: ignore[misc]
+            *GenerationConfig().to_dict(),
+            *LOOP_KEYWORDS,
+        } - {"kwargs"}
+        try:
+            super()._validate_model_kwargs(model_kwargs)  # type: ignore[misc]
+        except ValueError as error:
+            unknown = [k for k, v in model_kwargs.items() if v is not None and k not in known]
+            if not unknown:
+                raise
+            named = ", ".join(f"{k!r}{nearest_name(k, known)}" for k in unknown)
+            raise InvalidConfigError(f"generate() got unknown arguments: {named}", path=unknown[0]) from error
+
+    def _validate_generation_mode(self, generation_mode: Any, generation_config: Any, mode_kwargs: Any) -> None:
+        if getattr(generation_config, "use_mtp", None):
+            raise InvalidConfigError("use_mtp: the model has no multi-token prediction head", path="use_mtp", value=True)
+        super()._validate_generation_mode(generation_mode, generation_config, mode_kwargs)  # type: ignore[misc]
+
+    def _validate_generated_length(self, generation_config: Any, input_ids_length: int, *args: Any) -> None:
+        check_lengths(self.config, generation_config, input_ids_length)
+        super()._validate_generated_length(generation_config, input_ids_length, *args)  # type: ignore[misc]
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_cache_length: int
+    ) -> None:
+        kind = generation_config.cache_implementation
+        ours = kind in (None, "dynamic", "offloaded") or kind in ALL_STATIC_CACHE_IMPLEMENTATIONS
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False or not ours:
+            super()._prepare_cache_for_generation(  # type: ignore[misc]
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+            return
+        offloading = kind is not None and "offloaded" in kind
+        if kind in ALL_STATIC_CACHE_IMPLEMENTATIONS:
+            # keep the longest length seen, so that a compiled forward is not compiled again for a shorter request
+            asked = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+            self._previous_max_cache_length = max(asked, getattr(self, "_previous_max_cache_length", -1))
+            cache: Cache = CognexisCache(
+                self.config, "static", max_cache_len=self._previous_max_cache_length, offloading=offloading
+            )
+        else:
+            cache = CognexisCache(self.config, offloading=offloading)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, loop_recorder: LoopRecorder | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in transformers; ``loop_recorder`` stays out of the forward call."""
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+
+    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        recorder = model_kwargs.get("loop_recorder")
+        if recorder is not None:
+            recorder.append(outputs.loop_counts, kwargs.get("num_new_tokens", 1))
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)  # type: ignore[misc]
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """Draft models without loops do not get the loop keywords."""
+        assistant = kwargs.get("assistant_model")
+        if assistant is not None:
+            check_token_ids(kwargs["input_ids"], assistant.config.get_text_config().vocab_size)
+            if "num_loops" not in inspect.signature(assistant.forward).parameters:
+                dropped = (*LOOP_KEYWORDS, "loop_recorder")
+                kwargs["model_kwargs"] = {k: v for k, v in kwargs["model_kwargs"].items() if k not in dropped}
+        return super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
+
+    @staticmethod
+    def create_masks_for_generate(**kwargs: Any) -> dict[str, Any]:
+        """Masks by layer type for compiled decoding."""
+        return build_masks(**kwargs)
+
+
+def _first_set(name: str, *configs: Any) -> Any:
+    """The first value of attribute ``name`` that is not None."""
+    for config in configs:
+        if (value := getattr(config, name, None)) is not None:
+            return value
+    return None
+
+
+def _as_ids(value: Any) -> list[int]:
+    if value is None:
+        return []
+    return [int(i) for i in value] if isinstance(value, (list, tuple, Tensor)) and not _is_scalar(value) else [int(value)]
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 0
+
+
+def stop_reason(tokens: list[int], eos_ids: list[int], has_stop_strings: bool, is_full: bool) -> str:
+    """Why a row stopped, from its new tokens: an end token, the length limit, or another criterion."""
+    if any(t in eos_ids for t in tokens):
+        return "eos_token"
+    if is_full:
+        return "max_new_tokens"
+    return "stop_string" if has_stop_strings else "stop_token"
+
+
+def _with_loop_stats(
+    result: Any, recorder: LoopRecorder, config: Any, options: Any, prompt_length: int, eos_ids: list[int], stops: bool
+) -> Any:
+    new = result.sequences[:, prompt_length:].tolist()
+    rows, length = len(new), len(new[0])
+    lengths = [next((i + 1 for i, t in enumerate(row) if t in eos_ids), length) for row in new]
+    emitted = torch.tensor([[i < n for i in range(length)] for n in lengths])
+    counts = recorder.token_loops(length).cpu()
+    counts = counts[:: max(counts.shape[0] // rows, 1)][:rows] * emitted
+    used = recorder.total_loops().cpu()
+    per_block = torch.where(counts > 0, config.effective_depth(0) + counts * config.num_recurrent_blocks, 0)
+    is_beam = isinstance(result, GenerateBeamDecoderOnlyOutput)
+    reached = len(recorder.steps) >= length and not stops
+    return (CognexisGenerateBeamOutput if is_beam else CognexisGenerateOutput)(
+        **result,
+        loop_counts=counts,
+        effective_depths=per_block,
+        halt_reasons=[["max_loops"] * n for n in lengths],
+        stop_reasons=[stop_reason(row[:n], eos_ids, stops, reached) for row, n in zip(new, lengths, strict=True)],
+        budget_used=used[:: max(used.shape[0] // rows, 1)][:rows],
+        loop_diagnostics={
+            "loop_mode": options.loop_mode,
+            "requested_loops": options.requested_loops,
+            "min_loops": options.min_loops,
+            "max_loops": options.max_loops,
+            "extrapolated": options.extrapolated,
+        },
+    )

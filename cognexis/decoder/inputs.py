@@ -1,0 +1,122 @@
+"""Checks of what a caller hands to the model, before any computation.
+
+Shapes and dtypes are checked always; values (ids, positions) only for tensors in host memory and never while a graph
+is being compiled, because reading them elsewhere would wait for the device.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cognexis.errors import InvalidConfigError, InvalidTokenIdError, ShapeMismatchError
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+def _is_readable(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_token_ids(input_ids: Tensor, vocab_size: int, *, any_device: bool = False) -> None:
+    """Require integer ids ``[B, T]`` with B and T of at least 1, all in [0, ``vocab_size``).
+
+    Args:
+        input_ids: the ids.
+        vocab_size: size of the vocabulary.
+        any_device: also read the values of tensors outside host memory (waits for the device).
+
+    Raises:
+        ShapeMismatchError: not two axes, or an empty one.
+        InvalidTokenIdError: not integers, or an id outside the vocabulary.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in _INTEGERS:
+        got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise InvalidTokenIdError(f"input_ids: must be a tensor of integer token ids, got {got}")
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ShapeMismatchError(
+            f"input_ids must have shape [batch, tokens] with at least one row and one token, got {tuple(input_ids.shape)}",
+            expected="[batch, tokens]",
+            actual=tuple(input_ids.shape),
+        )
+    if not (_is_readable(input_ids) or (any_device and not torch.compiler.is_compiling() and not input_ids.is_meta)):
+        return
+    low, high = (int(x) for x in input_ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise InvalidTokenIdError(f"input_ids: id {wrong} is outside the vocabulary, 0 to {vocab_size - 1}", token_id=wrong)
+
+
+def check_inputs_embeds(inputs_embeds: Tensor, hidden_size: int) -> None:
+    """Require floating-point embeddings ``[B, T, H]``.
+
+    Raises:
+        ShapeMismatchError: another shape or dtype.
+    """
+    wrong_shape = inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != hidden_size or 0 in inputs_embeds.shape
+    if wrong_shape or not inputs_embeds.dtype.is_floating_point:
+        raise ShapeMismatchError(
+            f"inputs_embeds must be floating point of shape [batch, tokens, {hidden_size}], got {inputs_embeds.dtype} "
+            f"{tuple(inputs_embeds.shape)}",
+            expected=("batch", "tokens", hidden_size),
+            actual=tuple(inputs_embeds.shape),
+        )
+
+
+def check_attention_mask(attention_mask: Any, batch_size: int, length: int, past_length: int | None) -> None:
+    """Require a mask ``[B, past + T]``, a finished 4-D mask, or a dictionary of such masks.
+
+    Args:
+        attention_mask: the mask or None.
+        batch_size: B.
+        length: T, the new tokens.
+        past_length: cached tokens; None when it cannot be read without waiting.
+
+    Raises:
+        ShapeMismatchError: another shape.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim == 4:
+        return
+    expected = (batch_size, None if past_length is None else past_length + length)
+    fits = attention_mask.ndim == 2 and attention_mask.shape[0] == batch_size
+    if fits and (expected[1] is None or attention_mask.shape[1] == expected[1]):
+        return
+    wanted = f"[{batch_size}, {'past + ' if expected[1] is None else ''}{length if expected[1] is None else expected[1]}]"
+    raise ShapeMismatchError(
+        f"attention_mask must have shape {wanted} (cached and new tokens), got {tuple(attention_mask.shape)}",
+        expected=expected,
+        actual=tuple(attention_mask.shape),
+    )
+
+
+def check_positions(config: Any, position_ids: Tensor | None, batch_size: int, length: int, past_length: int | None) -> None:
+    """Require positions ``[B or 1, T]`` within the trained range, unless rotary scaling extends it.
+
+    Raises:
+        ShapeMismatchError: another shape.
+        InvalidConfigError: a negative position, or one at or beyond ``max_position_embeddings`` without scaling.
+    """
+    limit = config.max_position_embeddings
+    if config.rope_parameters.get("rope_type", "default") != "default":
+        limit = None
+    if position_ids is None:
+        last = None if past_length is None else past_length + length - 1
+    else:
+        if position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch_size) or position_ids.shape[1] != length:
+            raise ShapeMismatchError(
+                f"position_ids must have shape [{batch_size} or 1, {length}], got {tuple(position_ids.shape)}",
+                expected=(batch_size, length),
+                actual=tuple(position_ids.shape),
+            )
+        if not _is_readable(position_ids):
+            return
+        low, last = (int(x) for x in position_ids.aminmax())
+        if low < 0:
+            raise InvalidConfigError(f"position_ids: {low} is negative", path="position_ids", value=low)
+    if last is not None and limit is not None and last >= limit:
+        raise InvalidConfigError(
+            f"position_ids: position {last} is beyond max_position_embeddings={limit} (positions 0 to {limit - 1}); "
+            "shorten the input or configure rope_parameters with a scaling",
+            path="position_ids",
+            value=last,
+        )

@@ -1,0 +1,1 @@
+"""How often the core runs: request options and the record of what was run."""

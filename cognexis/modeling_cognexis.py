@@ -1,0 +1,542 @@
+"""Cognexis: a causal language model whose reasoning depth is a run-time number.
+
+    h_0    = prelude(embed(ids) * embedding_scale)          distinct blocks, run once
+    h_t    = core(h_{t-1}, h_0)      t = 1 .. num_loops      one shared block, run num_loops times
+    logits = head(final_norm(coda(h_L)))                    distinct blocks, run once; the head is tied
+
+The same weights serve every loop count. Positions, masks and rotary angles are computed once and shared by all loops.
+What is unusual: ``config.num_hidden_layers`` counts key/value slots (see ``cache``), ``num_loops`` is an argument of
+``forward`` and ``generate``, and outputs carry the loops that were run.
+Reference: Dehghani et al. 2019, "Universal Transformers"; Geiping et al. 2025, arXiv 2502.05171.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from cognexis.configuration_cognexis import CognexisConfig
+from cognexis.decoder.attention import AttentionSite
+from cognexis.decoder.block import CognexisBlock, TransformerBlock
+from cognexis.decoder.block_stack import BlockStack
+from cognexis.decoder.cache import CognexisCache, bind_cache
+from cognexis.decoder.generation import LoopedGenerationMixin
+from cognexis.decoder.inputs import check_attention_mask, check_inputs_embeds, check_positions, check_token_ids
+from cognexis.decoder.loss import causal_lm_loss
+from cognexis.decoder.masks import build_masks, document_positions, find_documents, with_memory
+from cognexis.decoder.norm import build_norm
+from cognexis.decoder.recurrent_core import CoreGate, LoopState, RecurrentCore
+from cognexis.decoder.rope import CognexisRotaryEmbedding
+from cognexis.decoder.stability import require_finite_states, residual_scale_report
+from cognexis.errors import CacheError, InvalidConfigError, NonFiniteError
+from cognexis.looping.options import LoopOptions, refuse_misspelt, resolve_loop_options
+from cognexis.looping.trace import LoopDiagnostics
+
+
+@dataclass
+class CognexisModelOutput(BaseModelOutputWithPast):
+    """Output of the body.
+
+    Attributes:
+        last_hidden_state: ``[B, T, H]``, after the final norm: what the head consumes.
+        loop_counts: ``[B]`` loops run.
+        effective_depth: ``[B]`` blocks passed.
+        loop_states: states kept by ``config.state_retention``, each ``[B, T, H]``.
+        halt_reasons: why each row stopped; with ``return_loop_stats`` only.
+        loop_diagnostics: measurements by loop; with ``return_loop_stats`` only.
+    """
+
+    loop_counts: Tensor | None = None
+    effective_depth: Tensor | None = None
+    loop_states: tuple[Tensor, ...] | None = None
+    halt_reasons: list[str] | None = None
+    loop_diagnostics: LoopDiagnostics | None = None
+
+
+@dataclass
+class CognexisCausalLMOutput(CausalLMOutputWithPast):
+    """Output of the language model: ``loss``, ``logits`` ``[B, T, V]`` and the loop fields of the body."""
+
+    loop_counts: Tensor | None = None
+    effective_depth: Tensor | None = None
+    loop_states: tuple[Tensor, ...] | None = None
+    halt_reasons: list[str] | None = None
+    loop_diagnostics: LoopDiagnostics | None = None
+
+
+class CognexisPreTrainedModel(PreTrainedModel):
+    """What all Cognexis models share: capabilities, initialisation and activation checkpointing by loops."""
+
+    config: CognexisConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CognexisBlock", "RecurrentCore"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "hidden_states": [OutputRecorder(CognexisBlock), OutputRecorder(LoopState)],
+        "attentions": OutputRecorder(AttentionSite, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        config = self.config
+        if isinstance(module, TransformerBlock):
+            for scale in (module.attention_residual_scale, module.feed_forward_residual_scale):
+                if isinstance(scale, nn.Parameter):
+                    init.constant_(scale, module.residual_scale_init)
+        elif isinstance(module, CoreGate):
+            init.constant_(module.proj.bias, module.bias_init)
+        elif isinstance(module, RecurrentCore) and config.input_injection == "concat_project":
+            eye = torch.eye(config.hidden_size, dtype=module.injection_proj.weight.dtype)
+            init.copy_(module.injection_proj.weight, torch.cat((eye, config.injection_scale * eye), dim=1))
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
+        """As in transformers; the further key ``every_k_loops`` recomputes k loops of the core as one segment.
+
+        Raises:
+            InvalidConfigError: ``every_k_loops`` is not a positive integer.
+        """
+        options = dict(gradient_checkpointing_kwargs or {})
+        every = options.pop("every_k_loops", 1)
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise InvalidConfigError(f"every_k_loops={every!r}: must be an integer of at least 1", path="every_k_loops")
+        super().gradient_checkpointing_enable(options or None, **kwargs)
+        for module in self.modules():
+            if isinstance(module, RecurrentCore):
+                module.checkpoint_every_loops = every
+
+    def _check_flash_attn_can_run(self) -> None:
+        implementation = self.config._attn_implementation or ""
+        if "flash" in implementation and (self.config.input_injection == "attention_memory" or self.config.global_tokens):
+            raise InvalidConfigError(
+                f"attn_implementation={implementation!r}: attention memory and global tokens need masks that flash "
+                "attention does not take; use sdpa, eager or flex_attention"
+            )
+
+
+class CognexisModel(CognexisPreTrainedModel):
+    """The body: embedding, prelude, looped core, coda and final norm."""
+
+    def __init__(self, config: CognexisConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.rotary_emb = CognexisRotaryEmbedding(config)
+        self.prelude = BlockStack(config, "prelude", first_slot=0)
+        self.recurrent = RecurrentCore(config)
+        self.coda = BlockStack(config, "coda", first_slot=config.num_prelude_blocks)
+        self.final_norm = build_norm(config.final_norm, config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        num_loops: int | Tensor | None = None,
+        document_ids: Tensor | None = None,
+        loop_mode: str | None = None,
+        min_loops: int | None = None,
+        max_loops: int | None = None,
+        allow_extrapolation: bool | None = None,
+        return_loop_stats: bool | None = None,
+        **kwargs: Any,
+    ) -> CognexisModelOutput:
+        """Run the body.
+
+        Args:
+            input_ids: ``[B, T]``; exactly one of this and ``inputs_embeds`` ``[B, T, H]``.
+            attention_mask: ``[B, past + T]``, zeros at padding (either side); a finished 4-D mask; or a dictionary of
+                masks by layer type.
+            position_ids: ``[B or 1, T]``; by default real tokens are counted, so padding does not shift positions.
+                Positions that restart mark packed documents when there is neither mask nor cache.
+            past_key_values: a :class:`CognexisCache` or another transformers cache.
+            use_cache: build and return a cache; never for packed documents.
+            num_loops: loops to run, an int or an integer tensor without axes; ``config.default_loops`` when None.
+            document_ids: ``[B, T]`` packed documents, -1 for padding; ``seq_idx`` and ``cu_seq_lens_q`` are read too.
+            loop_mode: "fixed".
+            min_loops: lower bound of this call.
+            max_loops: upper bound of this call.
+            allow_extrapolation: permit more loops than ``config.max_loops``.
+            return_loop_stats: fill ``halt_reasons`` and ``loop_diagnostics``.
+            kwargs: handed down to the attention implementation.
+
+        Raises:
+            InvalidConfigError: loop arguments or positions out of range, or a misspelt loop argument.
+            ShapeMismatchError, InvalidTokenIdError: inputs of the wrong shape, dtype or range.
+            CacheError: the cache does not fit the call.
+            NonFiniteError: in training, NaN or infinity in a loop.
+        """
+        if not torch.compiler.is_compiling():
+            refuse_misspelt(kwargs)
+        options = resolve_loop_options(
+            self.config,
+            loop_mode=loop_mode,
+            num_loops=num_loops,
+            min_loops=min_loops,
+            max_loops=max_loops,
+            allow_extrapolation=allow_extrapolation,
+        )
+        self._check_flash_attn_can_run()
+        hidden_states = self._embed(input_ids, inputs_embeds)
+        batch_size, length = hidden_states.shape[:2]
+        documents = self._documents(batch_size, length, document_ids, position_ids, attention_mask, past_key_values, kwargs)
+        if documents is not None:
+            if past_key_values is not None and int(past_key_values.get_seq_length()) > 0:
+                raise CacheError("past_key_values: packed documents cannot continue a cache; pass past_key_values=None")
+            past_key_values, use_cache = None, False
+        if use_cache and past_key_values is None:
+            past_key_values = CognexisCache(self.config)
+        if past_key_values is not None:
+            bind_cache(past_key_values, self.config, options.num_loops)
+        past_length = self._readable_length(past_key_values)
+        check_attention_mask(attention_mask, batch_size, length, past_length)
+        if position_ids is None:
+            position_ids = self._positions(attention_mask, documents, past_key_values, length, hidden_states.device)
+        check_positions(self.config, position_ids, batch_size, length, past_length)
+        masks = build_masks(
+            self.config,
+            hidden_states,
+            attention_mask,
+            past_key_values,
+            position_ids,
+            documents if self.config.document_boundary_attention else None,
+        )
+        shared = {
+            "position_embeddings": self.rotary_emb(hidden_states, position_ids=position_ids),
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            **kwargs,
+        }
+        h0 = self.prelude(hidden_states, masks=masks, **shared)
+        core_masks = with_memory(masks, self.config)
+        core = self.recurrent(
+            h0, options.num_loops, masks=core_masks, record=bool(return_loop_stats), **shared
+        )
+        hidden_states = self.coda(core.hidden_states, masks=masks, **shared)
+        if self.training:
+            require_finite_states(core.is_finite)
+        return self._output(self.final_norm(hidden_states), past_key_values, options, core, bool(return_loop_stats))
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise InvalidConfigError("specify exactly one of input_ids and inputs_embeds", path="input_ids")
+        if inputs_embeds is not None:
+            check_inputs_embeds(inputs_embeds, self.config.hidden_size)
+        else:
+            check_token_ids(input_ids, self.embed_tokens.weight.shape[0])
+            inputs_embeds = self.embed_tokens(input_ids)
+        scale = self.config.embedding_scale
+        return self.embedding_dropout(inputs_embeds if scale == 1.0 else inputs_embeds * scale)
+
+    def _documents(
+        self,
+        batch_size: int,
+        length: int,
+        document_ids: Tensor | None,
+        position_ids: Tensor | None,
+        attention_mask: Any,
+        past_key_values: Any,
+        kwargs: dict[str, Any],
+    ) -> Tensor | None:
+        """Packed documents of this call, or None; a paged engine keeps its requests apart by itself."""
+        if "cache" in kwargs or torch.compiler.is_compiling() and document_ids is None:
+            return None
+        fresh = attention_mask is None and length > 1
+        return find_documents(
+            batch_size,
+            length,
+            document_ids=document_ids,
+            seq_idx=kwargs.get("seq_idx"),
+            cu_seq_lens=kwargs.get("cu_seq_lens_q"),
+            position_ids=position_ids if fresh else None,
+            attention_mask=attention_mask if isinstance(attention_mask, Tensor) else None,
+        )
+
+    def _readable_length(self, past_key_values: Any) -> int | None:
+        """Cached tokens, where they can be read without waiting for a device."""
+        if past_key_values is None:
+            return 0
+        length = past_key_values.get_seq_length()
+        if isinstance(length, Tensor):
+            return None if torch.compiler.is_compiling() or length.device.type != "cpu" else int(length)
+        return int(length)
+
+    def _positions(
+        self, attention_mask: Any, documents: Tensor | None, past_key_values: Any, length: int, device: torch.device
+    ) -> Tensor:
+        """Default positions: restart with each document, count real tokens under padding, continue a cache."""
+        if documents is not None and self.config.document_boundary_attention:
+            return document_positions(documents)
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            counted = attention_mask.long().cumsum(-1) - 1
+            return counted.masked_fill(attention_mask == 0, 0)[:, -length:].to(device)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        return (torch.arange(length, device=device) + past).unsqueeze(0)
+
+    def _output(
+        self, hidden_states: Tensor, past_key_values: Any, options: LoopOptions, core: Any, stats: bool
+    ) -> CognexisModelOutput:
+        rows = hidden_states.shape[0]
+        loops = torch.full((rows,), options.num_loops, dtype=torch.long, device=hidden_states.device)
+        diagnostics = None
+        if stats:
+            diagnostics = LoopDiagnostics.from_run(options, core, self.config.input_injection)
+            if self.config.recurrent_residual_mode.startswith("learned"):
+                diagnostics.residual_scales = residual_scale_report(self.recurrent)
+        return CognexisModelOutput(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            loop_counts=loops,
+            effective_depth=torch.full_like(loops, self.config.effective_depth(options.num_loops)),
+            loop_states=core.states or None,
+            halt_reasons=["max_loops"] * rows if stats else None,
+            loop_diagnostics=diagnostics,
+        )
+
+
+class CognexisForCausalLM(LoopedGenerationMixin, CognexisPreTrainedModel, GenerationMixin):
+    """The language model: the body with a head tied to the embedding."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: CognexisConfig) -> None:
+        super().__init__(config)
+        self.model = CognexisModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.loss_function = causal_lm_loss
+        self.post_init()
+        if self.generation_config is not None:  # keep loop defaults when the generation config is saved and loaded
+            self.generation_config._from_model_config = False
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_loops: int | Tensor | None = None,
+        document_ids: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        loop_mode: str | None = None,
+        min_loops: int | None = None,
+        max_loops: int | None = None,
+        allow_extrapolation: bool | None = None,
+        return_loop_stats: bool | None = None,
+        **kwargs: Any,
+    ) -> CognexisCausalLMOutput:
+        """Logits, and the next-token loss when ``labels`` are given; see :meth:`CognexisModel.forward`.
+
+        Args:
+            labels: ``[B, T]`` token ids, -100 where no loss is wanted; they are shifted here.
+            loss_mask: ``[B, T]`` weights of the labels, 0 or more.
+            logits_to_keep: number of last positions (0 for all), or the positions to keep: ``[P]``, ``[B, P]`` or a
+                boolean ``[B, T]``.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            num_loops=num_loops,
+            document_ids=document_ids,
+            loop_mode=loop_mode,
+            min_loops=min_loops,
+            max_loops=max_loops,
+            allow_extrapolation=allow_extrapolation,
+            return_loop_stats=return_loop_stats,
+            **kwargs,
+        )
+        logits = self.lm_head(_kept_positions(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None or kwargs.get("shift_labels") is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, loss_mask=loss_mask, **kwargs
+            )
+            if self.training and not torch.compiler.is_compiling() and not bool(torch.isfinite(loss)):
+                raise NonFiniteError(f"loss: {loss.item()} after {outputs.loop_counts[0].item()} loops")
+        return CognexisCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            loop_counts=outputs.loop_counts,
+            effective_depth=outputs.effective_depth,
+            loop_states=outputs.loop_states,
+            halt_reasons=outputs.halt_reasons,
+            loop_diagnostics=outputs.loop_diagnostics,
+        )
+
+
+def _kept_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if logits_to_keep.ndim == 2:
+        if logits_to_keep.dtype == torch.bool:
+            return hidden_states[logits_to_keep]
+        return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+    return hidden_states[:, logits_to_keep]
+
+
+class CognexisForSequenceClassification(CognexisPreTrainedModel):
+    """One label per sequence, read at the last real token."""
+
+    def __init__(self, config: CognexisConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = CognexisModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_loops: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Logits ``[B, num_labels]``; the loss when ``labels`` ``[B]`` (or ``[B, num_labels]``) are given.
+
+        Raises:
+            InvalidConfigError: several rows, no mask and no ``pad_token_id`` to find the last token by.
+        """
+        outputs = self.model(
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, num_loops=num_loops, **kwargs
+        )
+        logits = self.score(outputs.last_hidden_state)
+        last = self._last_real_token(input_ids, attention_mask, logits)
+        pooled = logits[torch.arange(logits.shape[0], device=logits.device), last]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=pooled,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _last_real_token(self, input_ids: Tensor | None, attention_mask: Any, logits: Tensor) -> Tensor | int:
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            real = attention_mask != 0
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
+        elif logits.shape[0] == 1 or input_ids is None:
+            return -1
+        else:
+            raise InvalidConfigError(
+                "attention_mask or config.pad_token_id is needed to find the last token of each row",
+                path="pad_token_id",
+            )
+        index = torch.arange(real.shape[1], device=real.device)
+        return (index * real).argmax(dim=-1).to(logits.device)
+
+
+class CognexisForTokenClassification(CognexisPreTrainedModel):
+    """One label per token."""
+
+    def __init__(self, config: CognexisConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = CognexisModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_loops: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """Logits ``[B, T, num_labels]``; the loss when ``labels`` ``[B, T]`` are given (-100 is left out)."""
+        outputs = self.model(input_ids, num_loops=num_loops, **kwargs)
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class CognexisForQuestionAnswering(CognexisPreTrainedModel):
+    """Start and end of an answer span."""
+
+    def __init__(self, config: CognexisConfig) -> None:
+        super().__init__(config)
+        self.model = CognexisModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        num_loops: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> QuestionAnsweringModelOutput:
+        """Logits ``[B, T]`` of the start and of the end; the loss when both positions ``[B]`` are given."""
+        outputs = self.model(input_ids, num_loops=num_loops, **kwargs)
+        start, end = (x.contiguous() for x in self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start, end, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start,
+            end_logits=end,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = [
+    "CognexisForCausalLM",
+    "CognexisForQuestionAnswering",
+    "CognexisForSequenceClassification",
+    "CognexisForTokenClassification",
+    "CognexisModel",
+    "CognexisPreTrainedModel",
+]
