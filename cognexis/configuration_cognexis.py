@@ -23,7 +23,6 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from cognexis.configuration_rules import (
-    LAYER_TYPES,
     STAGES,
     architecture_faults,
     config_error,
@@ -39,10 +38,7 @@ logger = logging.get_logger(__name__)
 
 # Keys that transformers and its companions write into a config.json or pass to a config besides declared fields.
 _FOREIGN_KEYS = frozenset(
-    "auto_map model_type transformers_version torch_dtype num_labels name_or_path _name_or_path _commit_hash "
-    "attn_implementation _attn_implementation experts_implementation output_attentions rope_theta rope_scaling "
-    "partial_rotary_factor per_layer_config quantization_config tie_last_hidden_states task_specific_params "
-    "tokenizer_class is_decoder use_return_dict is_causal".split()
+    ["auto_map", "model_type", "transformers_version", "torch_dtype", "num_labels", "name_or_path", "_name_or_path", "_commit_hash", "attn_implementation", "_attn_implementation", "experts_implementation", "output_attentions", "rope_theta", "rope_scaling", "partial_rotary_factor", "per_layer_config", "quantization_config", "tie_last_hidden_states", "task_specific_params", "tokenizer_class", "is_decoder", "use_return_dict", "is_causal"]
 )
 _DERIVED_KEYS = ("num_hidden_layers", "layer_types")  # properties here; a stored value is ignored
 
@@ -73,15 +69,15 @@ _SETTLING = {  # measured: additive injection at full strength and a closing nor
 _TRAINABLE_SIZES: dict[str, dict[str, Any]] = {
     "cognexis-tiny": {
         **_SETTLING,
-        **{"vocab_size": 8192, "hidden_size": 128, "intermediate_size": 384, "max_position_embeddings": 1024},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_prelude_blocks": 1, "num_coda_blocks": 1},
-        **{"trained_max_loops": 8, "default_loops": 4},
+        "vocab_size": 8192, "hidden_size": 128, "intermediate_size": 384, "max_position_embeddings": 1024,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_prelude_blocks": 1, "num_coda_blocks": 1,
+        "trained_max_loops": 8, "default_loops": 4,
     },
     "cognexis-mini": {
         **_SETTLING,
-        **{"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "max_position_embeddings": 2048},
-        **{"num_attention_heads": 8, "num_key_value_heads": 4, "num_prelude_blocks": 2, "num_coda_blocks": 2},
-        **{"trained_max_loops": 16, "default_loops": 8},
+        "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "max_position_embeddings": 2048,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "num_prelude_blocks": 2, "num_coda_blocks": 2,
+        "trained_max_loops": 16, "default_loops": 8,
     },
 }
 VARIANTS = (
@@ -351,9 +347,7 @@ class CognexisConfig(PreTrainedConfig):
         if (stored := self.__dict__.get("_auto_map")) is not None:
             return stored
         if self._code_writer is not None and not self.name_or_path:
-            raise AttributeError(
-                "auto_map: this configuration was not loaded from a folder that carries code"
-            )
+            raise AttributeError("auto_map: this configuration was not loaded from a folder that carries code")
         return dict(AUTO_MAP)
 
     @auto_map.setter
@@ -459,9 +453,7 @@ def _checked(cls: Any) -> Any:
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         if args:
-            raise InvalidConfigError(
-                f"{cls.__name__} takes keyword arguments only, got {len(args)} positional"
-            )
+            raise InvalidConfigError(f"{cls.__name__} takes keyword arguments only, got {len(args)} positional")
         known = _known_keys(cls)
         faults = [unknown_key_fault(key, known) for key in kwargs if key not in known]
         values: dict[str, Any] = {}
@@ -488,9 +480,7 @@ def _checked(cls: Any) -> Any:
             values.pop(key, None)
         _translate(strict_init, self, **{k: value for k, value in values.items() if k in known})
         if len(self.stability_controls) < 2:
-            logger.warning(
-                f"only {self.stability_controls} keeps the looped core stable; two controls are advised"
-            )
+            logger.warning(f"only {self.stability_controls} keeps the looped core stable; two controls are advised")
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
         _translate(strict_setattr, self, name, value)

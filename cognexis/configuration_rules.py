@@ -155,9 +155,7 @@ def architecture_faults(values: dict[str, Any]) -> list[str]:
                 len(kinds) == v[f"num_{count}_blocks"],
                 f"needs num_{count}_blocks={v[f'num_{count}_blocks']}",
             )
-            rule(
-                name, all(k in LAYER_TYPES for k in kinds), f"entries must be one of {', '.join(LAYER_TYPES)}"
-            )
+            rule(name, all(k in LAYER_TYPES for k in kinds), f"entries must be one of {', '.join(LAYER_TYPES)}")
     sliding = any("sliding_attention" in (v[f"{s}_layer_types"] or ()) for s in STAGES)
     rule(
         "sliding_window",
@@ -208,15 +206,10 @@ def _rope_faults(v: dict[str, Any]) -> list[str]:
             rope.get("partial_rotary_factor", 1.0),
         )
         checks = {
-            f"rope_parameters.rope_type={kind!r}: must be one of {', '.join(_ROPE_TYPES)}": kind
-            in _ROPE_TYPES,
-            f"rope_parameters.rope_theta={theta!r}: must be finite and above 1": _is_finite(theta)
-            and theta > 1,
-            f"rope_parameters.factor={factor!r}: must be finite and at least 1": _is_finite(factor)
-            and factor >= 1,
-            f"rope_parameters.partial_rotary_factor={rotary_width!r}: must lie in (0, 1]": _is_finite(
-                rotary_width
-            )
+            f"rope_parameters.rope_type={kind!r}: must be one of {', '.join(_ROPE_TYPES)}": kind in _ROPE_TYPES,
+            f"rope_parameters.rope_theta={theta!r}: must be finite and above 1": _is_finite(theta) and theta > 1,
+            f"rope_parameters.factor={factor!r}: must be finite and at least 1": _is_finite(factor) and factor >= 1,
+            f"rope_parameters.partial_rotary_factor={rotary_width!r}: must lie in (0, 1]": _is_finite(rotary_width)
             and 0 < rotary_width <= 1,
         }
         faults = [message for message, holds in checks.items() if not holds]
@@ -250,9 +243,7 @@ def _override_faults(v: dict[str, Any]) -> list[str]:
         merged = v | {"stage_overrides": None} | known
         merged["hidden_size"] = merged["num_attention_heads"] * v["head_dim"]  # a declared projection width
         faults += [
-            f"stage_overrides.{stage}.{f}"
-            for f in architecture_faults(merged)
-            if f.split("=")[0] in _STAGE_OVERRIDES
+            f"stage_overrides.{stage}.{f}" for f in architecture_faults(merged) if f.split("=")[0] in _STAGE_OVERRIDES
         ]
     return faults
 
@@ -273,8 +264,6 @@ def type_faults(cls: Any, values: dict[str, Any]) -> dict[str, str]:
             try:
                 validator(value)
             except (TypeError, ValueError):
-                wanted = getattr(
-                    cls.__dataclass_fields__[name].type, "__name__", cls.__dataclass_fields__[name].type
-                )
+                wanted = getattr(cls.__dataclass_fields__[name].type, "__name__", cls.__dataclass_fields__[name].type)
                 faults[name] = f"{name}={value!r}: must be of type {wanted}, got {type(value).__name__}"
     return faults
