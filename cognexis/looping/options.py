@@ -16,7 +16,14 @@ from cognexis.configuration_rules import HARD_MAX_LOOPS, nearest_name
 from cognexis.errors import InvalidConfigError
 
 LOOP_MODES = ("fixed",)
-LOOP_KEYWORDS = ("loop_mode", "num_loops", "min_loops", "max_loops", "allow_extrapolation", "return_loop_stats")
+LOOP_KEYWORDS = (
+    "loop_mode",
+    "num_loops",
+    "min_loops",
+    "max_loops",
+    "allow_extrapolation",
+    "return_loop_stats",
+)
 
 
 @dataclass(frozen=True)
