@@ -78,7 +78,8 @@ class CognexisCache(Cache):
             raise InvalidConfigError(f"cache_type={cache_type!r}: must be dynamic or static", path="cache_type")
         if cache_type == "static" and (not isinstance(max_cache_len, int) or max_cache_len < 1):
             raise InvalidConfigError(
-                f"max_cache_len={max_cache_len!r}: a static cache needs a length of at least 1", path="max_cache_len"
+                f"max_cache_len={max_cache_len!r}: a static cache needs a length of at least 1",
+                path="max_cache_len",
             )
         self._config = config
         self.cache_type = cache_type
@@ -91,7 +92,9 @@ class CognexisCache(Cache):
     def _new_layer(self, layer_type: str) -> Any:
         window = self._config.sliding_window
         if self.cache_type == "dynamic":
-            return DynamicLayer() if layer_type == "full_attention" else DynamicSlidingWindowLayer(sliding_window=window)
+            return (
+                DynamicLayer() if layer_type == "full_attention" else DynamicSlidingWindowLayer(sliding_window=window)
+            )
         if layer_type == "full_attention":
             return StaticLayer(max_cache_len=self.max_cache_len)
         return StaticSlidingWindowLayer(max_cache_len=self.max_cache_len, sliding_window=window)

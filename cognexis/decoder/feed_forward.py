@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from cognexis.configuration_cognexis import BlockSpec
 from cognexis.configuration_rules import GATED_ACTIVATIONS
 
-_ACTIVATIONS: dict[str, type[nn.Module]] = {"swiglu": nn.SiLU, "geglu": nn.GELU, "gelu": nn.GELU, "relu": nn.ReLU}
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "swiglu": nn.SiLU,
+    "geglu": nn.GELU,
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+}
 
 
 class GatedFeedForward(nn.Module):

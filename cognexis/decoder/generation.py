@@ -92,7 +92,9 @@ class FiniteLogits(LogitsProcessor):
             NonFiniteError: it had.
         """
         if self.is_finite is not None and not bool(self.is_finite):
-            raise NonFiniteError("logits: NaN or infinity while generating; the weights or the loop count are unstable")
+            raise NonFiniteError(
+                "logits: NaN or infinity while generating; the weights or the loop count are unstable"
+            )
 
 
 class LoopedGenerationMixin:
@@ -127,8 +129,12 @@ class LoopedGenerationMixin:
             return self._generate(inputs, generation_config, kwargs)
         recorder = LoopRecorder()
         options = self._loop_options(generation_config, kwargs)
-        eos_ids = _as_ids(kwargs.get("eos_token_id", _first_set("eos_token_id", generation_config, self.generation_config)))
-        stop_strings = kwargs.get("stop_strings", _first_set("stop_strings", generation_config, self.generation_config))
+        eos_ids = _as_ids(
+            kwargs.get("eos_token_id", _first_set("eos_token_id", generation_config, self.generation_config))
+        )
+        stop_strings = kwargs.get(
+            "stop_strings", _first_set("stop_strings", generation_config, self.generation_config)
+        )
         if hasattr(streamer, "watch"):
             streamer.watch(recorder, self.config, eos_ids, bool(stop_strings))
         if stats:
@@ -181,7 +187,9 @@ class LoopedGenerationMixin:
         """
         overrides = (self.config.stage_overrides or {}).values()
         if self.config.input_injection == "attention_memory" or self.config.global_tokens:
-            raise InvalidConfigError("generate_batch: attention memory and global tokens need a cache slot of their own")
+            raise InvalidConfigError(
+                "generate_batch: attention memory and global tokens need a cache slot of their own"
+            )
         if any("num_key_value_heads" in o or "num_attention_heads" in o for o in overrides):
             raise InvalidConfigError("generate_batch: the paged cache needs equal head counts in all stages")
         options = self._loop_options(generation_config, kwargs)
@@ -189,7 +197,9 @@ class LoopedGenerationMixin:
         with self._default_loops(options.num_loops):
             return super().generate_batch(inputs, generation_config, **kwargs)  # type: ignore[misc]
 
-    def _prepare_generation_config(self, generation_config: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    def _prepare_generation_config(
+        self, generation_config: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
         explicit = {name: kwargs.pop(name) for name in LOOP_KEYWORDS if name in kwargs}
         generation_config, model_kwargs = super()._prepare_generation_config(  # type: ignore[misc]
             generation_config, *args, **kwargs
@@ -214,7 +224,9 @@ class LoopedGenerationMixin:
             )
         return generation_config, model_kwargs
 
-    def _get_deprecated_gen_repo(self, generation_mode: Any, trust_remote_code: bool, custom_generate: Any = None) -> Any:
+    def _get_deprecated_gen_repo(
+        self, generation_mode: Any, trust_remote_code: bool, custom_generate: Any = None
+    ) -> Any:
         if custom_generate is None and generation_mode in _REFUSED_MODES:
             raise InvalidConfigError(
                 f"generation mode {generation_mode.value}: {_REFUSED_MODES[generation_mode]}; transformers has moved it "
@@ -242,7 +254,9 @@ class LoopedGenerationMixin:
 
     def _validate_generation_mode(self, generation_mode: Any, generation_config: Any, mode_kwargs: Any) -> None:
         if getattr(generation_config, "use_mtp", None):
-            raise InvalidConfigError("use_mtp: the model has no multi-token prediction head", path="use_mtp", value=True)
+            raise InvalidConfigError(
+                "use_mtp: the model has no multi-token prediction head", path="use_mtp", value=True
+            )
         super()._validate_generation_mode(generation_mode, generation_config, mode_kwargs)  # type: ignore[misc]
 
     def _validate_generated_length(self, generation_config: Any, input_ids_length: int, *args: Any) -> None:
@@ -250,7 +264,12 @@ class LoopedGenerationMixin:
         super()._validate_generated_length(generation_config, input_ids_length, *args)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_cache_length: int
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
         kind = generation_config.cache_implementation
         ours = kind in (None, "dynamic", "offloaded") or kind in ALL_STATIC_CACHE_IMPLEMENTATIONS
@@ -279,7 +298,9 @@ class LoopedGenerationMixin:
         """As in transformers; ``loop_recorder`` stays out of the forward call."""
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
 
-    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> dict[str, Any]:
         recorder = model_kwargs.get("loop_recorder")
         if recorder is not None:
             recorder.append(outputs.loop_counts, kwargs.get("num_new_tokens", 1))
@@ -312,7 +333,9 @@ def _first_set(name: str, *configs: Any) -> Any:
 def _as_ids(value: Any) -> list[int]:
     if value is None:
         return []
-    return [int(i) for i in value] if isinstance(value, (list, tuple, Tensor)) and not _is_scalar(value) else [int(value)]
+    return (
+        [int(i) for i in value] if isinstance(value, (list, tuple, Tensor)) and not _is_scalar(value) else [int(value)]
+    )
 
 
 def _is_scalar(value: Any) -> bool:
@@ -329,7 +352,13 @@ def stop_reason(tokens: list[int], eos_ids: list[int], has_stop_strings: bool, i
 
 
 def _with_loop_stats(
-    result: Any, recorder: LoopRecorder, config: Any, options: Any, prompt_length: int, eos_ids: list[int], stops: bool
+    result: Any,
+    recorder: LoopRecorder,
+    config: Any,
+    options: Any,
+    prompt_length: int,
+    eos_ids: list[int],
+    stops: bool,
 ) -> Any:
     new = result.sequences[:, prompt_length:].tolist()
     rows, length = len(new), len(new[0])

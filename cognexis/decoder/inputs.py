@@ -44,7 +44,9 @@ def check_token_ids(input_ids: Tensor, vocab_size: int, *, any_device: bool = Fa
     low, high = (int(x) for x in input_ids.aminmax())
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
-        raise InvalidTokenIdError(f"input_ids: id {wrong} is outside the vocabulary, 0 to {vocab_size - 1}", token_id=wrong)
+        raise InvalidTokenIdError(
+            f"input_ids: id {wrong} is outside the vocabulary, 0 to {vocab_size - 1}", token_id=wrong
+        )
 
 
 def check_inputs_embeds(inputs_embeds: Tensor, hidden_size: int) -> None:
@@ -81,7 +83,9 @@ def check_attention_mask(attention_mask: Any, batch_size: int, length: int, past
     fits = attention_mask.ndim == 2 and attention_mask.shape[0] == batch_size
     if fits and (expected[1] is None or attention_mask.shape[1] == expected[1]):
         return
-    wanted = f"[{batch_size}, {'past + ' if expected[1] is None else ''}{length if expected[1] is None else expected[1]}]"
+    wanted = (
+        f"[{batch_size}, {'past + ' if expected[1] is None else ''}{length if expected[1] is None else expected[1]}]"
+    )
     raise ShapeMismatchError(
         f"attention_mask must have shape {wanted} (cached and new tokens), got {tuple(attention_mask.shape)}",
         expected=expected,
@@ -89,7 +93,9 @@ def check_attention_mask(attention_mask: Any, batch_size: int, length: int, past
     )
 
 
-def check_positions(config: Any, position_ids: Tensor | None, batch_size: int, length: int, past_length: int | None) -> None:
+def check_positions(
+    config: Any, position_ids: Tensor | None, batch_size: int, length: int, past_length: int | None
+) -> None:
     """Require positions ``[B or 1, T]`` within the trained range, unless rotary scaling extends it.
 
     Raises:

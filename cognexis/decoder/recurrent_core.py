@@ -151,7 +151,13 @@ class RecurrentCore(nn.Module):
         return state
 
     def loop(
-        self, state: Tensor, h0: Tensor, loop_index: int, masks: dict[str, Any], memories: list[Any], **kwargs: Any
+        self,
+        state: Tensor,
+        h0: Tensor,
+        loop_index: int,
+        masks: dict[str, Any],
+        memories: list[Any],
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """One application of the core; returns the new state and the gate."""
         if self.training and drawn_skip(self.config.recurrent_stochastic_depth):
@@ -159,9 +165,7 @@ class RecurrentCore(nn.Module):
         at_entry = self.config.injection_site == "pre"
         update = self.inject(state, h0) if at_entry else state
         for block, layer_type, memory in zip(self.blocks, self.layer_types, memories, strict=True):
-            update = block(
-                update, attention_mask=masks[layer_type], loop_index=loop_index, memory=memory, **kwargs
-            )
+            update = block(update, attention_mask=masks[layer_type], loop_index=loop_index, memory=memory, **kwargs)
         update = update if at_entry else self.inject(update, h0)
         gate = None
         if self.gate is not None:

@@ -43,7 +43,9 @@ def check_prompt(config: Any, input_ids: Any, inputs_embeds: Any, attention_mask
         InvalidConfigError: nothing to start from, or a row without a real token.
     """
     if input_ids is None and inputs_embeds is None:
-        raise InvalidConfigError("input_ids: a prompt of at least one token is needed (or inputs_embeds)", path="input_ids")
+        raise InvalidConfigError(
+            "input_ids: a prompt of at least one token is needed (or inputs_embeds)", path="input_ids"
+        )
     if inputs_embeds is not None:
         check_inputs_embeds(inputs_embeds, config.hidden_size)
     if input_ids is not None and not (inputs_embeds is not None and input_ids.shape[1] == 0):
@@ -54,7 +56,9 @@ def check_prompt(config: Any, input_ids: Any, inputs_embeds: Any, attention_mask
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or attention_mask.shape[0] != rows:
         got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise ShapeMismatchError(
-            f"attention_mask must have two axes and {rows} rows like the prompt, got {got}", expected=rows, actual=got
+            f"attention_mask must have two axes and {rows} rows like the prompt, got {got}",
+            expected=rows,
+            actual=got,
         )
     if not bool((attention_mask != 0).any(dim=1).all()):
         raise InvalidConfigError("attention_mask: a row has no real token", path="attention_mask")
@@ -76,7 +80,9 @@ def check_generation_values(config: Any, values: dict[str, Any], resolved: bool 
         if value is None or (resolved and name == "max_length"):
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise InvalidConfigError(f"{name}={value!r}: must be an integer between {low} and {high}", path=name, value=value)
+            raise InvalidConfigError(
+                f"{name}={value!r}: must be an integer between {low} and {high}", path=name, value=value
+            )
     for name, (holds, allowed) in _NUMBER_RULES.items():
         value = values.get(name)
         if value is None:
@@ -91,7 +97,9 @@ def check_generation_values(config: Any, values: dict[str, Any], resolved: bool 
                 continue
             if token is not None and not (isinstance(token, int) and 0 <= token < config.vocab_size):
                 raise InvalidConfigError(
-                    f"{name}={token!r}: must be a token id, 0 to {config.vocab_size - 1}", path=name, value=token
+                    f"{name}={token!r}: must be a token id, 0 to {config.vocab_size - 1}",
+                    path=name,
+                    value=token,
                 )
     _check_stop_strings(values.get("stop_strings"))
 

@@ -1,0 +1,127 @@
+"""Structured streaming: one event per new token.
+
+transformers' streamers receive token ids and nothing else. :class:`StepEventStreamer` follows the same protocol
+(``put``, ``end``) and turns each token into a :class:`StepEvent` with the loops behind it. An event is handed on when
+the next token arrives or the generation ends, because only then is it known whether it was the last. Text is held
+back until it is complete UTF-8, so a character never appears in halves.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from cognexis.decoder.generation import stop_reason
+from cognexis.errors import InvalidConfigError
+from cognexis.looping.trace import LoopRecorder
+
+_INCOMPLETE = "\ufffd"  # what decoding gives for the first bytes of a character
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """What one generation step produced.
+
+    Attributes:
+        token_id: the new token.
+        text_delta: text that became complete with it; empty without a tokenizer.
+        loop_count: loops behind the token.
+        effective_depth: blocks behind the token.
+        halt_reason: why its loops stopped.
+        safety_issue: always None here; serving fills it.
+        stop_reason: on the last event, why generation ended; None before.
+    """
+
+    token_id: int
+    text_delta: str
+    loop_count: int
+    effective_depth: int
+    halt_reason: str
+    safety_issue: str | None
+    stop_reason: str | None
+
+
+class StepEventStreamer(BaseStreamer):
+    """Collects or hands on one event per token of a single sequence.
+
+    Args:
+        tokenizer: gives ``text_delta``; None leaves it empty.
+        on_event: called with each event; without it, iterate over the streamer (from another thread) or read
+            ``events`` afterwards.
+
+    Raises:
+        InvalidConfigError: several sequences are generated at once.
+    """
+
+    def __init__(self, tokenizer: Any = None, on_event: Callable[[StepEvent], None] | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.on_event = on_event
+        self.events: list[StepEvent] = []
+        self._queue: SimpleQueue[StepEvent | None] = SimpleQueue()
+        self._recorder: LoopRecorder | None = None
+
+    def watch(self, recorder: LoopRecorder, config: Any, eos_ids: list[int], has_stop_strings: bool) -> None:
+        """Connect to a generation about to start; called by ``generate``."""
+        self._recorder, self._config, self._eos_ids = recorder, config, eos_ids
+        self._has_stop_strings = has_stop_strings
+        self._seen_prompt = False
+        self._tokens: list[int] = []
+        self._text = ""
+        self._emitted = 0
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt (first call) or new tokens of one sequence."""
+        if value.ndim > 1 and value.shape[0] > 1:
+            raise InvalidConfigError("streamer: events describe one sequence, the batch has more", path="streamer")
+        if not self._seen_prompt:
+            self._seen_prompt = True
+            return
+        for token in value.flatten().tolist():
+            self._emit_pending(None)
+            self._tokens.append(token)
+
+    def end(self, is_full: bool = True) -> None:
+        """Hand on the last event with the reason why generation stopped."""
+        if self._seen_prompt and self._tokens:
+            stopped_by_string = self._has_stop_strings and self._tokens[-1] not in self._eos_ids
+            reason = stop_reason(self._tokens, self._eos_ids, stopped_by_string, is_full and not stopped_by_string)
+            self._emit_pending(reason)
+        self._queue.put(None)
+
+    def _emit_pending(self, reason: str | None) -> None:
+        if self._emitted == len(self._tokens):
+            return
+        assert self._recorder is not None
+        loops = int(self._recorder.steps[self._emitted][0])
+        event = StepEvent(
+            token_id=self._tokens[self._emitted],
+            text_delta=self._next_text(is_last=reason is not None),
+            loop_count=loops,
+            effective_depth=self._config.effective_depth(loops),
+            halt_reason="max_loops",
+            safety_issue=None,
+            stop_reason=reason,
+        )
+        self._emitted += 1
+        self.events.append(event)
+        self._queue.put(event)
+        if self.on_event is not None:
+            self.on_event(event)
+
+    def _next_text(self, is_last: bool) -> str:
+        if self.tokenizer is None:
+            return ""
+        text = self.tokenizer.decode(self._tokens[: self._emitted + 1], skip_special_tokens=True)
+        if not is_last:
+            while text.endswith(_INCOMPLETE):
+                text = text[:-1]
+        delta = text[len(self._text) :]
+        self._text = text if len(text) > len(self._text) else self._text
+        return delta
+
+    def __iter__(self) -> Iterator[StepEvent]:
+        while (event := self._queue.get()) is not None:
+            yield event
