@@ -11,10 +11,12 @@ Reference: Dehghani et al. 2019, "Universal Transformers"; Geiping et al. 2025, 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import (
@@ -34,7 +36,12 @@ from cognexis.decoder.block import CognexisBlock, TransformerBlock
 from cognexis.decoder.block_stack import BlockStack
 from cognexis.decoder.cache import CognexisCache, bind_cache
 from cognexis.decoder.generation import LoopedGenerationMixin
-from cognexis.decoder.inputs import check_attention_mask, check_inputs_embeds, check_positions, check_token_ids
+from cognexis.decoder.inputs import (
+    check_attention_mask,
+    check_inputs_embeds,
+    check_positions,
+    check_token_ids,
+)
 from cognexis.decoder.loss import causal_lm_loss
 from cognexis.decoder.masks import build_masks, document_positions, find_documents, with_memory
 from cognexis.decoder.norm import build_norm
@@ -109,24 +116,31 @@ class CognexisPreTrainedModel(PreTrainedModel):
             eye = torch.eye(config.hidden_size, dtype=module.injection_proj.weight.dtype)
             init.copy_(module.injection_proj.weight, torch.cat((eye, config.injection_scale * eye), dim=1))
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
-        """As in transformers; the further key ``every_k_loops`` recomputes k loops of the core as one segment.
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
+    ) -> None:
+        """As in transformers; among the checkpointing options, ``every_k_loops`` makes k loops one segment.
 
         Raises:
             InvalidConfigError: ``every_k_loops`` is not a positive integer.
         """
-        options = dict(gradient_checkpointing_kwargs or {})
+        options = {"use_reentrant": False, **getattr(gradient_checkpointing_func, "keywords", {})}
         every = options.pop("every_k_loops", 1)
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise InvalidConfigError(f"every_k_loops={every!r}: must be an integer of at least 1", path="every_k_loops")
-        super().gradient_checkpointing_enable(options or None, **kwargs)
+            raise InvalidConfigError(
+                f"every_k_loops={every!r}: must be an integer of at least 1", path="every_k_loops"
+            )
+        function = partial(getattr(gradient_checkpointing_func, "func", gradient_checkpointing_func), **options)
+        super()._set_gradient_checkpointing(enable, function, **kwargs)
         for module in self.modules():
             if isinstance(module, RecurrentCore):
                 module.checkpoint_every_loops = every
 
     def _check_flash_attn_can_run(self) -> None:
         implementation = self.config._attn_implementation or ""
-        if "flash" in implementation and (self.config.input_injection == "attention_memory" or self.config.global_tokens):
+        if "flash" in implementation and (
+            self.config.input_injection == "attention_memory" or self.config.global_tokens
+        ):
             raise InvalidConfigError(
                 f"attn_implementation={implementation!r}: attention memory and global tokens need masks that flash "
                 "attention does not take; use sdpa, eager or flex_attention"
@@ -205,10 +219,14 @@ class CognexisModel(CognexisPreTrainedModel):
         self._check_flash_attn_can_run()
         hidden_states = self._embed(input_ids, inputs_embeds)
         batch_size, length = hidden_states.shape[:2]
-        documents = self._documents(batch_size, length, document_ids, position_ids, attention_mask, past_key_values, kwargs)
+        documents = self._documents(
+            batch_size, length, document_ids, position_ids, attention_mask, past_key_values, kwargs
+        )
         if documents is not None:
             if past_key_values is not None and int(past_key_values.get_seq_length()) > 0:
-                raise CacheError("past_key_values: packed documents cannot continue a cache; pass past_key_values=None")
+                raise CacheError(
+                    "past_key_values: packed documents cannot continue a cache; pass past_key_values=None"
+                )
             past_key_values, use_cache = None, False
         if use_cache and past_key_values is None:
             past_key_values = CognexisCache(self.config)
@@ -235,9 +253,7 @@ class CognexisModel(CognexisPreTrainedModel):
         }
         h0 = self.prelude(hidden_states, masks=masks, **shared)
         core_masks = with_memory(masks, self.config)
-        core = self.recurrent(
-            h0, options.num_loops, masks=core_masks, record=bool(return_loop_stats), **shared
-        )
+        core = self.recurrent(h0, options.num_loops, masks=core_masks, record=bool(return_loop_stats), **shared)
         hidden_states = self.coda(core.hidden_states, masks=masks, **shared)
         if self.training:
             require_finite_states(core.is_finite)
@@ -265,7 +281,7 @@ class CognexisModel(CognexisPreTrainedModel):
         kwargs: dict[str, Any],
     ) -> Tensor | None:
         """Packed documents of this call, or None; a paged engine keeps its requests apart by itself."""
-        if "cache" in kwargs or torch.compiler.is_compiling() and document_ids is None:
+        if "cache" in kwargs or (torch.compiler.is_compiling() and document_ids is None):
             return None
         fresh = attention_mask is None and length > 1
         return find_documents(
@@ -288,7 +304,12 @@ class CognexisModel(CognexisPreTrainedModel):
         return int(length)
 
     def _positions(
-        self, attention_mask: Any, documents: Tensor | None, past_key_values: Any, length: int, device: torch.device
+        self,
+        attention_mask: Any,
+        documents: Tensor | None,
+        past_key_values: Any,
+        length: int,
+        device: torch.device,
     ) -> Tensor:
         """Default positions: restart with each document, count real tokens under padding, continue a cache."""
         if documents is not None and self.config.document_boundary_attention:
@@ -439,7 +460,11 @@ class CognexisForSequenceClassification(CognexisPreTrainedModel):
             InvalidConfigError: several rows, no mask and no ``pad_token_id`` to find the last token by.
         """
         outputs = self.model(
-            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, num_loops=num_loops, **kwargs
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            num_loops=num_loops,
+            **kwargs,
         )
         logits = self.score(outputs.last_hidden_state)
         last = self._last_real_token(input_ids, attention_mask, logits)
