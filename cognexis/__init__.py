@@ -16,6 +16,7 @@ from transformers import (
 from cognexis.configuration_cognexis import CognexisConfig
 from cognexis.decoder.cache import CognexisCache
 from cognexis.decoder.generation import CognexisGenerateBeamOutput, CognexisGenerateOutput
+from cognexis.decoder.streaming import StepEvent, StepEventStreamer
 from cognexis.hub.bundle import write_bundle
 from cognexis.modeling_cognexis import (
     CognexisForCausalLM,
@@ -50,4 +51,6 @@ __all__ = [
     "CognexisGenerateOutput",
     "CognexisModel",
     "CognexisPreTrainedModel",
+    "StepEvent",
+    "StepEventStreamer",
 ]

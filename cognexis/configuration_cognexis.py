@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from cognexis.configuration_rules import (
+    HARD_MAX_LOOPS,
     STAGES,
     architecture_faults,
     config_error,
@@ -38,7 +39,13 @@ logger = logging.get_logger(__name__)
 
 # Keys that transformers and its companions write into a config.json or pass to a config besides declared fields.
 _FOREIGN_KEYS = frozenset(
-    ["auto_map", "model_type", "transformers_version", "torch_dtype", "num_labels", "name_or_path", "_name_or_path", "_commit_hash", "attn_implementation", "_attn_implementation", "experts_implementation", "output_attentions", "rope_theta", "rope_scaling", "partial_rotary_factor", "per_layer_config", "quantization_config", "tie_last_hidden_states", "task_specific_params", "tokenizer_class", "is_decoder", "use_return_dict", "is_causal"]
+    {
+        *("auto_map", "model_type", "transformers_version", "torch_dtype", "num_labels", "name_or_path"),
+        *("_name_or_path", "_commit_hash", "attn_implementation", "_attn_implementation", "experts_implementation"),
+        *("output_attentions", "rope_theta", "rope_scaling", "partial_rotary_factor", "per_layer_config"),
+        *("quantization_config", "tie_last_hidden_states", "task_specific_params", "tokenizer_class", "is_decoder"),
+        *("use_return_dict", "is_causal"),
+    }
 )
 _DERIVED_KEYS = ("num_hidden_layers", "layer_types")  # properties here; a stored value is ignored
 
@@ -69,15 +76,29 @@ _SETTLING = {  # measured: additive injection at full strength and a closing nor
 _TRAINABLE_SIZES: dict[str, dict[str, Any]] = {
     "cognexis-tiny": {
         **_SETTLING,
-        "vocab_size": 8192, "hidden_size": 128, "intermediate_size": 384, "max_position_embeddings": 1024,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "num_prelude_blocks": 1, "num_coda_blocks": 1,
-        "trained_max_loops": 8, "default_loops": 4,
+        "vocab_size": 8192,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "max_position_embeddings": 1024,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_prelude_blocks": 1,
+        "num_coda_blocks": 1,
+        "trained_max_loops": 8,
+        "default_loops": 4,
     },
     "cognexis-mini": {
         **_SETTLING,
-        "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "max_position_embeddings": 2048,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "num_prelude_blocks": 2, "num_coda_blocks": 2,
-        "trained_max_loops": 16, "default_loops": 8,
+        "vocab_size": 8192,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "max_position_embeddings": 2048,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "num_prelude_blocks": 2,
+        "num_coda_blocks": 2,
+        "trained_max_loops": 16,
+        "default_loops": 8,
     },
 }
 VARIANTS = (
@@ -139,7 +160,7 @@ class CognexisConfig(PreTrainedConfig):
         "norm_epsilon": "rms_norm_eps",
         "num_loops": "default_loops",
     }
-    ignore_keys_at_rope_validation: ClassVar = {"partial_rotary_factor"}
+    ignore_keys_at_rope_validation = {"partial_rotary_factor"}
     base_model_tp_plan: ClassVar = {
         f"{stage}.blocks.*.{name}": style
         for stage in ("prelude", "recurrent", "coda")
@@ -239,8 +260,7 @@ class CognexisConfig(PreTrainedConfig):
     @property
     def loop_slots(self) -> int:
         """Loops that have a slot of their own: ``kv_slots``, or fewer while ``num_hidden_layers`` caps them."""
-        cap = self.__dict__.get("_loop_cap")
-        return self.kv_slots if cap is None else min(cap, self.kv_slots)
+        return min(self.loop_cap or HARD_MAX_LOOPS, self.kv_slots or 1)
 
     @property
     def loop_cap(self) -> int | None:
@@ -263,7 +283,7 @@ class CognexisConfig(PreTrainedConfig):
                 path="num_hidden_layers",
                 value=value,
             )
-        self.__dict__["_loop_cap"] = None if loops >= self.kv_slots else loops
+        self.__dict__["_loop_cap"] = None if loops >= (self.kv_slots or 1) else loops
 
     @property
     def layer_types(self) -> list[str]:
@@ -284,7 +304,7 @@ class CognexisConfig(PreTrainedConfig):
 
     def effective_depth(self, num_loops: int | None = None) -> int:
         """Blocks that a token passes at ``num_loops`` loops (``default_loops`` when None)."""
-        loops = self.default_loops if num_loops is None else num_loops
+        loops = (self.default_loops or 1) if num_loops is None else num_loops
         return self.num_prelude_blocks + loops * self.num_recurrent_blocks + self.num_coda_blocks
 
     @property
@@ -325,7 +345,7 @@ class CognexisConfig(PreTrainedConfig):
             "stage_overrides": bool(self.stage_overrides),
             "gate_loop_embedding": self.gate_loop_embedding,
             "random_initial_state": self.recurrent_init == "random",
-            "rope_scaling": self.rope_parameters.get("rope_type", "default") != "default",
+            "rope_scaling": (self.rope_parameters or {}).get("rope_type", "default") != "default",
         }
         return [name for name, present in features.items() if present]
 
@@ -443,7 +463,7 @@ class CognexisConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
-def _known_keys(cls: type) -> set[str]:
+def _known_keys(cls: Any) -> set[str]:
     return {f.name for f in fields(cls)} | set(cls.attribute_map) | _FOREIGN_KEYS | set(_DERIVED_KEYS)
 
 

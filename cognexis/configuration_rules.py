@@ -233,7 +233,8 @@ def _override_faults(v: dict[str, Any]) -> list[str]:
             if key not in _STAGE_OVERRIDES:
                 near = nearest_name(key, _STAGE_OVERRIDES)
                 faults.append(
-                    f"stage_overrides.{stage}.{key}: cannot differ by stage{near}; allowed: {', '.join(_STAGE_OVERRIDES)}"
+                    f"stage_overrides.{stage}.{key}: cannot differ by stage{near}; "
+                    f"allowed: {', '.join(_STAGE_OVERRIDES)}"
                 )
         known = {k: value for k, value in overrides.items() if k in _STAGE_OVERRIDES}
         wrong = {k: w for k, w in known.items() if not _has_type(w, _STAGE_OVERRIDES[k])}

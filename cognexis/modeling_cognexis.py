@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -26,8 +26,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from cognexis.configuration_cognexis import CognexisConfig
@@ -45,7 +44,7 @@ from cognexis.decoder.inputs import (
 from cognexis.decoder.loss import causal_lm_loss
 from cognexis.decoder.masks import build_masks, document_positions, find_documents, with_memory
 from cognexis.decoder.norm import build_norm
-from cognexis.decoder.recurrent_core import CoreGate, LoopState, RecurrentCore
+from cognexis.decoder.recurrent_core import CoreGate, CoreOutput, LoopState, RecurrentCore
 from cognexis.decoder.rope import CognexisRotaryEmbedding
 from cognexis.decoder.stability import require_finite_states, residual_scale_report
 from cognexis.errors import CacheError, InvalidConfigError, NonFiniteError
@@ -113,11 +112,12 @@ class CognexisPreTrainedModel(PreTrainedModel):
         elif isinstance(module, CoreGate):
             init.constant_(module.proj.bias, module.bias_init)
         elif isinstance(module, RecurrentCore) and config.input_injection == "concat_project":
-            eye = torch.eye(config.hidden_size, dtype=module.injection_proj.weight.dtype)
-            init.copy_(module.injection_proj.weight, torch.cat((eye, config.injection_scale * eye), dim=1))
+            weight = module.injection_proj.weight
+            eye = torch.eye(config.hidden_size, dtype=weight.dtype, device=weight.device)
+            init.copy_(weight, torch.cat((eye, config.injection_scale * eye), dim=1))
 
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
     ) -> None:
         """As in transformers; among the checkpointing options, ``every_k_loops`` makes k loops one segment.
 
@@ -131,19 +131,25 @@ class CognexisPreTrainedModel(PreTrainedModel):
                 f"every_k_loops={every!r}: must be an integer of at least 1", path="every_k_loops"
             )
         function = partial(getattr(gradient_checkpointing_func, "func", gradient_checkpointing_func), **options)
-        super()._set_gradient_checkpointing(enable, function, **kwargs)
+        if every_n_layers == 1:  # older transformers do not know the argument
+            super()._set_gradient_checkpointing(enable, function)
+        else:
+            super()._set_gradient_checkpointing(enable, function, every_n_layers)
         for module in self.modules():
             if isinstance(module, RecurrentCore):
                 module.checkpoint_every_loops = every
 
-    def _check_flash_attn_can_run(self) -> None:
+    def _require_maskable_attention(self) -> None:
+        """Attention memory and global tokens need masks that some attention implementations do not take."""
         implementation = self.config._attn_implementation or ""
-        if "flash" in implementation and (
-            self.config.input_injection == "attention_memory" or self.config.global_tokens
-        ):
+        has_memory = self.config.input_injection == "attention_memory"
+        wants_mask = has_memory or self.config.global_tokens > 0
+        if (wants_mask and "flash" in implementation) or (has_memory and implementation == "flex_attention"):
             raise InvalidConfigError(
-                f"attn_implementation={implementation!r}: attention memory and global tokens need masks that flash "
-                "attention does not take; use sdpa, eager or flex_attention"
+                f"attn_implementation={implementation!r}: attention memory (flash, flex) and global tokens (flash) "
+                "need masks that it does not take; use sdpa or eager",
+                path="attn_implementation",
+                value=implementation,
             )
 
 
@@ -216,7 +222,7 @@ class CognexisModel(CognexisPreTrainedModel):
             max_loops=max_loops,
             allow_extrapolation=allow_extrapolation,
         )
-        self._check_flash_attn_can_run()
+        self._require_maskable_attention()
         hidden_states = self._embed(input_ids, inputs_embeds)
         batch_size, length = hidden_states.shape[:2]
         documents = self._documents(
@@ -251,21 +257,41 @@ class CognexisModel(CognexisPreTrainedModel):
             "past_key_values": past_key_values,
             **kwargs,
         }
-        h0 = self.prelude(hidden_states, masks=masks, **shared)
-        core_masks = with_memory(masks, self.config)
-        core = self.recurrent(h0, options.num_loops, masks=core_masks, record=bool(return_loop_stats), **shared)
-        hidden_states = self.coda(core.hidden_states, masks=masks, **shared)
+        run = self.decode_step if length == 1 and past_key_values is not None else self.prefill
+        hidden_states, core = run(hidden_states, options, masks, record=bool(return_loop_stats), **shared)
         if self.training:
             require_finite_states(core.is_finite)
-        return self._output(self.final_norm(hidden_states), past_key_values, options, core, bool(return_loop_stats))
+        return self._output(hidden_states, past_key_values, options, core, bool(return_loop_stats))
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def prefill(
+        self, hidden_states: Tensor, options: LoopOptions, masks: dict[str, Any], record: bool = False, **shared: Any
+    ) -> tuple[Tensor, CoreOutput]:
+        """Run all stages on embeddings ``[B, T, H]``: a prompt, a chunk of one, or a training batch.
+
+        Returns:
+            The normed state ``[B, T, H]`` that the head consumes, and what the core left behind.
+        """
+        h0 = self.prelude(hidden_states, masks=masks, **shared)
+        core_masks = with_memory(masks, self.config)
+        core = self.recurrent(h0, options.num_loops, masks=core_masks, record=record, **shared)
+        return self.final_norm(self.coda(core.hidden_states, masks=masks, **shared)), core
+
+    def decode_step(
+        self, hidden_states: Tensor, options: LoopOptions, masks: dict[str, Any], record: bool = False, **shared: Any
+    ) -> tuple[Tensor, CoreOutput]:
+        """Run all stages on one new token per row, ``[B, 1, H]``; earlier tokens are read from the cache.
+
+        At a fixed loop count the stages run as in :meth:`prefill`.
+        """
+        return self.prefill(hidden_states, options, masks, record, **shared)
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Any) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             raise InvalidConfigError("specify exactly one of input_ids and inputs_embeds", path="input_ids")
         if inputs_embeds is not None:
             check_inputs_embeds(inputs_embeds, self.config.hidden_size)
-        else:
-            check_token_ids(input_ids, self.embed_tokens.weight.shape[0])
+        elif input_ids is not None:
+            check_token_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
         scale = self.config.embedding_scale
         return self.embedding_dropout(inputs_embeds if scale == 1.0 else inputs_embeds * scale)
@@ -341,7 +367,7 @@ class CognexisModel(CognexisPreTrainedModel):
         )
 
 
-class CognexisForCausalLM(LoopedGenerationMixin, CognexisPreTrainedModel, GenerationMixin):
+class CognexisForCausalLM(CognexisPreTrainedModel, LoopedGenerationMixin):
     """The language model: the body with a head tied to the embedding."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -439,9 +465,9 @@ class CognexisForSequenceClassification(CognexisPreTrainedModel):
 
     def __init__(self, config: CognexisConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = int(config.num_labels or 0)
         self.model = CognexisModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -501,10 +527,10 @@ class CognexisForTokenClassification(CognexisPreTrainedModel):
 
     def __init__(self, config: CognexisConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = int(config.num_labels or 0)
         self.model = CognexisModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     @can_return_tuple

@@ -24,7 +24,7 @@ from cognexis.decoder.rope import rotate
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -144,6 +144,7 @@ class CognexisAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim = spec.head_dim
+        self.sliding_window = sliding_window
         width, kv_width = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
         self.q_proj = nn.Linear(spec.hidden_size, width, bias=spec.attention_bias)
         self.k_proj = nn.Linear(spec.hidden_size, kv_width, bias=spec.attention_bias)
@@ -157,8 +158,8 @@ class CognexisAttention(nn.Module):
 
     def add_site(self, config: Any, spec: BlockSpec, layer_idx: int) -> None:
         """Append a site for one more loop; used when a request may go beyond the configured slots."""
-        sliding_window = self.sites[0].sliding_window
-        self.sites.append(AttentionSite(config, spec, layer_idx, sliding_window).train(self.training))
+        site = AttentionSite(config, spec, layer_idx, self.sliding_window)
+        self.sites.append(site.train(self.training))
 
     def project_memory(
         self, memory: Tensor, position_embeddings: tuple[Tensor, Tensor], past_key_values: Any

@@ -67,6 +67,8 @@ class CognexisCache(Cache):
         InvalidConfigError: an unknown type, or a static cache without a length.
     """
 
+    layers: list[Any]
+
     def __init__(
         self,
         config: Any,
@@ -83,7 +85,7 @@ class CognexisCache(Cache):
             )
         self._config = config
         self.cache_type = cache_type
-        self.max_cache_len = max_cache_len
+        self.capacity = max_cache_len or 0
         self.num_loops: int | None = None
         self.is_released = False
         super().__init__(layers=[self._new_layer(kind) for kind in config.layer_types], offloading=offloading)
@@ -96,8 +98,8 @@ class CognexisCache(Cache):
                 DynamicLayer() if layer_type == "full_attention" else DynamicSlidingWindowLayer(sliding_window=window)
             )
         if layer_type == "full_attention":
-            return StaticLayer(max_cache_len=self.max_cache_len)
-        return StaticSlidingWindowLayer(max_cache_len=self.max_cache_len, sliding_window=window)
+            return StaticLayer(max_cache_len=self.capacity)
+        return StaticSlidingWindowLayer(max_cache_len=self.capacity, sliding_window=window)
 
     def bind(self, num_loops: int) -> None:
         """Reserve the cache for ``num_loops`` loops, adding slots where it may.
@@ -160,10 +162,10 @@ class CognexisCache(Cache):
         is_first_full = layer_idx == next((i for i, sliding in enumerate(self.is_sliding) if not sliding), None)
         if self.cache_type == "static" and is_first_full and not torch.compiler.is_compiling():
             length = int(layer.get_seq_length())
-            if length + new.shape[2] > self.max_cache_len:
+            if length + new.shape[2] > self.capacity:
                 raise CacheError(
                     f"past_key_values: {length} cached and {new.shape[2]} new tokens exceed the static capacity "
-                    f"max_cache_len={self.max_cache_len}"
+                    f"max_cache_len={self.capacity}"
                 )
 
     def crop(self, tokens_to_remove: int) -> None:

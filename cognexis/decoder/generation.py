@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor
 from transformers.cache_utils import Cache
-from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput, GenerationMode
-from transformers.generation.utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS, GenerationMode
+from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from cognexis.configuration_rules import nearest_name
 from cognexis.decoder.cache import CognexisCache
@@ -28,10 +28,10 @@ from cognexis.looping.options import LOOP_KEYWORDS, resolve_loop_options
 from cognexis.looping.trace import LoopRecorder
 
 _REFUSED_MODES = {
-    GenerationMode.CONTRASTIVE_SEARCH: "contrastive search needs to rewind and branch the cache",
-    GenerationMode.GROUP_BEAM_SEARCH: "group beam search",
-    GenerationMode.CONSTRAINED_BEAM_SEARCH: "constrained beam search",
-    GenerationMode.DOLA_GENERATION: "DoLa contrasts logits of early layers, which a shared core does not have",
+    GenerationMode.CONTRASTIVE_SEARCH: "it branches the cache for every candidate, which is untested with loop slots",
+    GenerationMode.GROUP_BEAM_SEARCH: "its code is no longer part of transformers",
+    GenerationMode.CONSTRAINED_BEAM_SEARCH: "its code is no longer part of transformers",
+    GenerationMode.DOLA_GENERATION: "it contrasts logits of early layers, which a shared core does not have",
 }
 
 
@@ -97,8 +97,17 @@ class FiniteLogits(LogitsProcessor):
             )
 
 
-class LoopedGenerationMixin:
-    """Overrides of ``GenerationMixin`` for a model with a loop count."""
+# transformers annotates ``self`` of these methods with a private class; Any keeps the overrides readable.
+_GenerationMixin: Any = GenerationMixin
+
+
+class LoopedGenerationMixin(_GenerationMixin):
+    """``GenerationMixin`` for a model with a loop count."""
+
+    config: Any
+    generation_config: Any
+    forward: Any
+    _previous_max_cache_length: int
 
     def generate(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """As transformers' ``generate``, with the loop keywords and, with ``return_loop_stats``, loop statistics.
@@ -135,7 +144,7 @@ class LoopedGenerationMixin:
         stop_strings = kwargs.get(
             "stop_strings", _first_set("stop_strings", generation_config, self.generation_config)
         )
-        if hasattr(streamer, "watch"):
+        if streamer is not None and hasattr(streamer, "watch"):
             streamer.watch(recorder, self.config, eos_ids, bool(stop_strings))
         if stats:
             kwargs["return_dict_in_generate"] = True
@@ -150,7 +159,7 @@ class LoopedGenerationMixin:
         guard = FiniteLogits()
         if not callable(kwargs.get("custom_generate")):
             kwargs = kwargs | {"logits_processor": [guard, *(kwargs.get("logits_processor") or [])]}
-        result = super().generate(inputs, generation_config=generation_config, **kwargs)  # type: ignore[misc]
+        result = super().generate(inputs, generation_config=generation_config, **kwargs)
         guard.require()
         return result
 
@@ -195,15 +204,13 @@ class LoopedGenerationMixin:
         options = self._loop_options(generation_config, kwargs)
         kwargs = {k: v for k, v in kwargs.items() if k not in LOOP_KEYWORDS}
         with self._default_loops(options.num_loops):
-            return super().generate_batch(inputs, generation_config, **kwargs)  # type: ignore[misc]
+            return super().generate_batch(inputs, generation_config, **kwargs)
 
     def _prepare_generation_config(
         self, generation_config: Any, *args: Any, **kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         explicit = {name: kwargs.pop(name) for name in LOOP_KEYWORDS if name in kwargs}
-        generation_config, model_kwargs = super()._prepare_generation_config(  # type: ignore[misc]
-            generation_config, *args, **kwargs
-        )
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
         for name in LOOP_KEYWORDS:
             value = explicit.get(name)
             value = getattr(generation_config, name, None) if value is None else value
@@ -229,22 +236,21 @@ class LoopedGenerationMixin:
     ) -> Any:
         if custom_generate is None and generation_mode in _REFUSED_MODES:
             raise InvalidConfigError(
-                f"generation mode {generation_mode.value}: {_REFUSED_MODES[generation_mode]}; transformers has moved it "
-                "to a repository of its own and it is not tested with looped models. Pass custom_generate= to run it "
-                "all the same"
+                f"generation mode {generation_mode.value}: {_REFUSED_MODES[generation_mode]} (the mode lives in a "
+                "repository of its own; pass custom_generate= to run it all the same)"
             )
-        return super()._get_deprecated_gen_repo(generation_mode, trust_remote_code, custom_generate)  # type: ignore[misc]
+        return super()._get_deprecated_gen_repo(generation_mode, trust_remote_code, custom_generate)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         known = {
-            *inspect.signature(self.forward).parameters,  # type: ignore[attr-defined]
+            *inspect.signature(self.forward).parameters,
             *inspect.signature(self.prepare_inputs_for_generation).parameters,
-            *inspect.signature(super().generate).parameters,  # type: ignore[misc]
+            *inspect.signature(super().generate).parameters,
             *GenerationConfig().to_dict(),
             *LOOP_KEYWORDS,
         } - {"kwargs"}
         try:
-            super()._validate_model_kwargs(model_kwargs)  # type: ignore[misc]
+            super()._validate_model_kwargs(model_kwargs)
         except ValueError as error:
             unknown = [k for k, v in model_kwargs.items() if v is not None and k not in known]
             if not unknown:
@@ -257,11 +263,11 @@ class LoopedGenerationMixin:
             raise InvalidConfigError(
                 "use_mtp: the model has no multi-token prediction head", path="use_mtp", value=True
             )
-        super()._validate_generation_mode(generation_mode, generation_config, mode_kwargs)  # type: ignore[misc]
+        super()._validate_generation_mode(generation_mode, generation_config, mode_kwargs)
 
     def _validate_generated_length(self, generation_config: Any, input_ids_length: int, *args: Any) -> None:
         check_lengths(self.config, generation_config, input_ids_length)
-        super()._validate_generated_length(generation_config, input_ids_length, *args)  # type: ignore[misc]
+        super()._validate_generated_length(generation_config, input_ids_length, *args)
 
     def _prepare_cache_for_generation(
         self,
@@ -274,7 +280,7 @@ class LoopedGenerationMixin:
         kind = generation_config.cache_implementation
         ours = kind in (None, "dynamic", "offloaded") or kind in ALL_STATIC_CACHE_IMPLEMENTATIONS
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False or not ours:
-            super()._prepare_cache_for_generation(  # type: ignore[misc]
+            super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
             return
@@ -296,7 +302,7 @@ class LoopedGenerationMixin:
         self, input_ids: Tensor, *args: Any, loop_recorder: LoopRecorder | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """As in transformers; ``loop_recorder`` stays out of the forward call."""
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], **kwargs: Any
@@ -304,7 +310,7 @@ class LoopedGenerationMixin:
         recorder = model_kwargs.get("loop_recorder")
         if recorder is not None:
             recorder.append(outputs.loop_counts, kwargs.get("num_new_tokens", 1))
-        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)  # type: ignore[misc]
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """Draft models without loops do not get the loop keywords."""
@@ -314,7 +320,7 @@ class LoopedGenerationMixin:
             if "num_loops" not in inspect.signature(assistant.forward).parameters:
                 dropped = (*LOOP_KEYWORDS, "loop_recorder")
                 kwargs["model_kwargs"] = {k: v for k, v in kwargs["model_kwargs"].items() if k not in dropped}
-        return super()._get_candidate_generator(*args, **kwargs)  # type: ignore[misc]
+        return super()._get_candidate_generator(*args, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(**kwargs: Any) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def check_token_ids(input_ids: Tensor, vocab_size: int, *, any_device: bool = Fa
         raise InvalidTokenIdError(f"input_ids: must be a tensor of integer token ids, got {got}")
     if input_ids.ndim != 2 or 0 in input_ids.shape:
         raise ShapeMismatchError(
-            f"input_ids must have shape [batch, tokens] with at least one row and one token, got {tuple(input_ids.shape)}",
+            f"input_ids must have shape [batch, tokens] with at least one of each, got {tuple(input_ids.shape)}",
             expected="[batch, tokens]",
             actual=tuple(input_ids.shape),
         )

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cognexis.decoder.attention import CognexisAttention
 from cognexis.decoder.block import TransformerBlock
 from cognexis.decoder.block_stack import drawn_skip
 from cognexis.decoder.norm import build_norm, compute_dtype
@@ -122,7 +123,7 @@ class RecurrentCore(nn.Module):
             for index, layer_type in enumerate(self.layer_types)
         )
         self.gate = CoreGate(config) if config.recurrent_gating else None
-        self.injection_proj = None
+        self.injection_proj: Any = None
         if config.input_injection == "residual" and config.injection_projection == "linear":
             self.injection_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         elif config.input_injection == "concat_project":
@@ -135,11 +136,15 @@ class RecurrentCore(nn.Module):
     def _slot(self, block_index: int, loop_index: int) -> int:
         return int(self.config.first_loop_slot + loop_index * len(self.layer_types) + block_index)
 
+    @property
+    def _attentions(self) -> list[CognexisAttention]:
+        return [block.attention for block in self.blocks]  # type: ignore[misc]
+
     def add_sites(self, num_loops: int) -> None:
         """Make sure that loops 1..``num_loops`` have attention sites; new ones hold no parameters."""
-        for index, block in enumerate(self.blocks):
-            for loop in range(len(block.attention.sites), num_loops):
-                block.attention.add_site(self.config, self.config.block_spec("core"), self._slot(index, loop))
+        for index, attention in enumerate(self._attentions):
+            for loop in range(len(attention.sites), num_loops):
+                attention.add_site(self.config, self.config.block_spec("core"), self._slot(index, loop))
 
     def inject(self, state: Tensor, h0: Tensor) -> Tensor:
         """Bring h_0 back into ``state``; both ``[B, T, H]``."""
@@ -249,7 +254,7 @@ class RecurrentCore(nn.Module):
         source = self.memory_norm(h0)
         if self.training and self.gradient_checkpointing:
             past_key_values = None
-        return [b.attention.project_memory(source, position_embeddings, past_key_values) for b in self.blocks]
+        return [a.project_memory(source, position_embeddings, past_key_values) for a in self._attentions]
 
     def _random_state(self, h0: Tensor, position_ids: Tensor) -> Tensor:
         if self.training:
@@ -264,7 +269,7 @@ class RecurrentCore(nn.Module):
             return set(range(1, num_loops + 1))
         if beyond := [s for s in self.config.selected_states if s > num_loops]:
             raise InvalidConfigError(
-                f"selected_states={self.config.selected_states}: loops {beyond} are not run when num_loops={num_loops}",
+                f"selected_states={self.config.selected_states}: loops {beyond} do not run with num_loops={num_loops}",
                 path="selected_states",
                 value=self.config.selected_states,
             )

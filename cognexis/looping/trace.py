@@ -55,7 +55,7 @@ class LoopRecorder:
 
     Attributes:
         steps: one ``[B]`` tensor of loop counts per emitted token.
-        passes: one ``[B]`` tensor per forward pass, several tokens or one (assisted decoding verifies several at once).
+        passes: one ``[B]`` tensor per forward pass; assisted decoding verifies several tokens in one.
     """
 
     def __init__(self) -> None:
