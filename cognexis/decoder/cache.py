@@ -179,7 +179,9 @@ class CognexisCache(Cache):
             raise CacheError(
                 f"tokens_to_remove={tokens_to_remove}: must lie between {-length} (all cached tokens) and 0"
             )
-        super().crop(tokens_to_remove)
+        for layer in self.layers:
+            if layer.is_initialized:  # slots of loops that were not run hold nothing
+                layer.crop(tokens_to_remove)
 
     def reset(self) -> None:
         """Empty every slot and forget the loop count; the cache can then serve another request."""

@@ -43,7 +43,8 @@ class CognexisGenerateOutput(GenerateDecoderOnlyOutput):
         loop_counts: ``[B, N]`` loops behind each of the N new tokens; 0 after a row has ended.
         effective_depths: ``[B, N]`` blocks behind each new token; 0 after a row has ended.
         halt_reasons: per row, why the loops of each new token stopped.
-        stop_reasons: per row, why generation stopped: "eos_token", "stop_string", "max_new_tokens" or "stop_token".
+        stop_reasons: per row, why generation stopped: "eos_token", "max_new_tokens", "stop_string",
+            "budget_exhausted" (``max_time``) or "cancelled" (a stopping criterion of the caller).
         budget_used: ``[B]`` core applications over all passes of the row.
         loop_diagnostics: bounds, mode and whether the run went beyond the trained depth.
     """
@@ -66,6 +67,15 @@ class CognexisGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
     stop_reasons: list[str] | None = None
     budget_used: Tensor | None = None
     loop_diagnostics: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class StopSettings:
+    """What may end a row before its length limit: end tokens, stop strings, a time limit in seconds."""
+
+    eos_ids: list[int]
+    has_stop_strings: bool
+    max_time: float | None
 
 
 class FiniteLogits(LogitsProcessor):
@@ -134,25 +144,26 @@ class LoopedGenerationMixin(_GenerationMixin):
         if stats is None:
             stats = _first_set("return_loop_stats", generation_config, self.generation_config)
         streamer = kwargs.get("streamer")
-        if not stats and not hasattr(streamer, "watch"):
+        is_watched = streamer is not None and hasattr(streamer, "watch")
+        if not stats and not is_watched:
             return self._generate(inputs, generation_config, kwargs)
         recorder = LoopRecorder()
         options = self._loop_options(generation_config, kwargs)
-        eos_ids = _as_ids(
-            kwargs.get("eos_token_id", _first_set("eos_token_id", generation_config, self.generation_config))
-        )
-        stop_strings = kwargs.get(
-            "stop_strings", _first_set("stop_strings", generation_config, self.generation_config)
-        )
-        if streamer is not None and hasattr(streamer, "watch"):
-            streamer.watch(recorder, self.config, eos_ids, bool(stop_strings))
+        stops = self._stop_settings(generation_config, kwargs)
+        if is_watched:
+            streamer.watch(recorder, self.config, stops)  # type: ignore[union-attr]
         if stats:
             kwargs["return_dict_in_generate"] = True
         result = self._generate(inputs, generation_config, kwargs | {"loop_recorder": recorder})
-        if not stats:
-            return result
         given = 0 if prompt is None else prompt.shape[1]
-        return _with_loop_stats(result, recorder, self.config, options, given, eos_ids, bool(stop_strings))
+        return _with_loop_stats(result, recorder, self.config, stops, options, given) if stats else result
+
+    def _stop_settings(self, generation_config: Any, kwargs: dict[str, Any]) -> StopSettings:
+        def setting(name: str) -> Any:
+            value = kwargs.get(name)
+            return _first_set(name, generation_config, self.generation_config) if value is None else value
+
+        return StopSettings(_as_ids(setting("eos_token_id")), bool(setting("stop_strings")), setting("max_time"))
 
     def _generate(self, inputs: Any, generation_config: Any, kwargs: dict[str, Any]) -> Any:
         """Run transformers' generate with a finiteness check among the logits processors."""
@@ -277,6 +288,10 @@ class LoopedGenerationMixin(_GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
+        if (recorder := model_kwargs.get("loop_recorder")) is not None:
+            recorder.max_length = generation_config.max_length
+            pad = generation_config._pad_token_tensor
+            recorder.pad_token_id = None if pad is None else int(pad)
         kind = generation_config.cache_implementation
         ours = kind in (None, "dynamic", "offloaded") or kind in ALL_STATIC_CACHE_IMPLEMENTATIONS
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False or not ours:
@@ -299,10 +314,15 @@ class LoopedGenerationMixin(_GenerationMixin):
         model_kwargs["past_key_values"] = cache
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, loop_recorder: LoopRecorder | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        inputs_embeds: Tensor | None = None,
+        loop_recorder: LoopRecorder | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in transformers; ``loop_recorder`` stays out of the forward call."""
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        """As in transformers (which looks for ``inputs_embeds`` by name); ``loop_recorder`` stays out of forward."""
+        return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], **kwargs: Any
@@ -348,41 +368,53 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 0
 
 
-def stop_reason(tokens: list[int], eos_ids: list[int], has_stop_strings: bool, is_full: bool) -> str:
-    """Why a row stopped, from its new tokens: an end token, the length limit, or another criterion."""
-    if any(t in eos_ids for t in tokens):
+def stop_reason(tokens: list[int], eos_ids: list[int], is_full: bool, has_stop_strings: bool, max_time: Any) -> str:
+    """Why a row ended after ``tokens``: end token, length limit, stop string, time, or a caller's criterion."""
+    if tokens and tokens[-1] in eos_ids:
         return "eos_token"
     if is_full:
         return "max_new_tokens"
-    return "stop_string" if has_stop_strings else "stop_token"
+    if has_stop_strings:
+        return "stop_string"
+    return "cancelled" if max_time is None else "budget_exhausted"
+
+
+def _row_length(tokens: list[int], eos_ids: list[int], pad_token_id: int | None) -> int:
+    """New tokens of a row without the padding that follows its end."""
+    for index, token in enumerate(tokens):
+        if token in eos_ids:
+            return index + 1
+    end = len(tokens)
+    while end > 1 and pad_token_id is not None and tokens[end - 1] == pad_token_id:
+        end -= 1
+    return end
 
 
 def _with_loop_stats(
-    result: Any,
-    recorder: LoopRecorder,
-    config: Any,
-    options: Any,
-    prompt_length: int,
-    eos_ids: list[int],
-    stops: bool,
+    result: Any, recorder: LoopRecorder, config: Any, stops: StopSettings, options: Any, prompt_length: int
 ) -> Any:
+    """Wrap transformers' output with the statistics that ``recorder`` collected."""
+    total = result.sequences.shape[1]
     new = result.sequences[:, prompt_length:].tolist()
-    rows, length = len(new), len(new[0])
-    lengths = [next((i + 1 for i, t in enumerate(row) if t in eos_ids), length) for row in new]
-    emitted = torch.tensor([[i < n for i in range(length)] for n in lengths])
-    counts = recorder.token_loops(length).cpu()
-    counts = counts[:: max(counts.shape[0] // rows, 1)][:rows] * emitted
-    used = recorder.total_loops().cpu()
-    per_block = torch.where(counts > 0, config.effective_depth(0) + counts * config.num_recurrent_blocks, 0)
+    is_full = recorder.max_length is not None and total >= recorder.max_length
     is_beam = isinstance(result, GenerateBeamDecoderOnlyOutput)
-    reached = len(recorder.steps) >= length and not stops
+    rows = len(new)
+    lengths = [_row_length(row, stops.eos_ids, recorder.pad_token_id) for row in new]
+    emitted = torch.tensor([[i < n for i in range(len(new[0]))] for n in lengths])
+    counts, used = recorder.token_loops(len(new[0])).cpu(), recorder.total_loops().cpu()
+    beams = counts.shape[0] // rows  # beams of one prompt stand next to each other
+    counts, used = counts[::beams][:rows] * emitted, used[::beams][:rows]
+    depths = config.effective_depth(0) + counts * config.num_recurrent_blocks
     return (CognexisGenerateBeamOutput if is_beam else CognexisGenerateOutput)(
         **result,
         loop_counts=counts,
-        effective_depths=per_block,
+        effective_depths=torch.where(counts > 0, depths, 0),
         halt_reasons=[["max_loops"] * n for n in lengths],
-        stop_reasons=[stop_reason(row[:n], eos_ids, stops, reached) for row, n in zip(new, lengths, strict=True)],
-        budget_used=used[:: max(used.shape[0] // rows, 1)][:rows],
+        stop_reasons=[
+            stop_reason(row[:n], stops.eos_ids, is_full and n == len(row), stops.has_stop_strings, stops.max_time)
+            for row, n in zip(new, lengths, strict=True)
+        ],
+        budget_used=used,
         loop_diagnostics={
             "loop_mode": options.loop_mode,
             "requested_loops": options.requested_loops,

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from cognexis.decoder.generation import stop_reason
+from cognexis.decoder.generation import StopSettings, stop_reason
 from cognexis.errors import InvalidConfigError
 from cognexis.looping.trace import LoopRecorder
 
@@ -63,11 +63,10 @@ class StepEventStreamer(BaseStreamer):
         self._queue: SimpleQueue[StepEvent | None] = SimpleQueue()
         self._recorder: LoopRecorder | None = None
 
-    def watch(self, recorder: LoopRecorder, config: Any, eos_ids: list[int], has_stop_strings: bool) -> None:
+    def watch(self, recorder: LoopRecorder, config: Any, stops: StopSettings) -> None:
         """Connect to a generation about to start; called by ``generate``."""
-        self._recorder, self._config, self._eos_ids = recorder, config, eos_ids
-        self._has_stop_strings = has_stop_strings
-        self._seen_prompt = False
+        self._recorder, self._config, self._stops = recorder, config, stops
+        self._prompt_length: int | None = None
         self._tokens: list[int] = []
         self._text = ""
         self._emitted = 0
@@ -76,19 +75,22 @@ class StepEventStreamer(BaseStreamer):
         """Take the prompt (first call) or new tokens of one sequence."""
         if value.ndim > 1 and value.shape[0] > 1:
             raise InvalidConfigError("streamer: events describe one sequence, the batch has more", path="streamer")
-        if not self._seen_prompt:
-            self._seen_prompt = True
+        if self._prompt_length is None:
+            self._prompt_length = value.shape[-1]
             return
         for token in value.flatten().tolist():
             self._emit_pending(None)
             self._tokens.append(token)
 
-    def end(self, is_full: bool = True) -> None:
+    def end(self) -> None:
         """Hand on the last event with the reason why generation stopped."""
-        if self._seen_prompt and self._tokens:
-            stopped_by_string = self._has_stop_strings and self._tokens[-1] not in self._eos_ids
-            reason = stop_reason(self._tokens, self._eos_ids, stopped_by_string, is_full and not stopped_by_string)
-            self._emit_pending(reason)
+        if self._recorder is not None and self._prompt_length is not None and self._tokens:
+            length, limit = self._prompt_length + len(self._tokens), self._recorder.max_length
+            is_full = limit is not None and length >= limit
+            stops = self._stops
+            self._emit_pending(
+                stop_reason(self._tokens, stops.eos_ids, is_full, stops.has_stop_strings, stops.max_time)
+            )
         self._queue.put(None)
 
     def _emit_pending(self, reason: str | None) -> None:

@@ -56,11 +56,15 @@ class LoopRecorder:
     Attributes:
         steps: one ``[B]`` tensor of loop counts per emitted token.
         passes: one ``[B]`` tensor per forward pass; assisted decoding verifies several tokens in one.
+        max_length: longest sequence that the request allows, prompt included; None before generation starts.
+        pad_token_id: fills rows that have ended, or None.
     """
 
     def __init__(self) -> None:
         self.steps: list[Tensor] = []
         self.passes: list[Tensor] = []
+        self.max_length: int | None = None
+        self.pad_token_id: int | None = None
 
     def append(self, loop_counts: Tensor, num_new_tokens: int = 1) -> None:
         """Note that the pass just run, with ``loop_counts`` ``[B]``, yields ``num_new_tokens`` tokens per row."""
