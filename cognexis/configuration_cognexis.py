@@ -17,6 +17,7 @@ import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
+import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
@@ -46,6 +47,9 @@ _FOREIGN_KEYS = frozenset(
         *("quantization_config", "tie_last_hidden_states", "task_specific_params", "tokenizer_class", "is_decoder"),
         *("use_return_dict", "is_causal"),
     }
+)
+_ALWAYS_DERIVED = (
+    *("intermediate_size", "num_key_value_heads", "head_dim", "max_loops", "default_loops", "kv_slots"),
 )
 _DERIVED_KEYS = ("num_hidden_layers", "layer_types")  # properties here; a stored value is ignored
 
@@ -274,10 +278,11 @@ class CognexisConfig(PreTrainedConfig):
 
     @num_hidden_layers.setter
     def num_hidden_layers(self, value: int) -> None:
-        loops = (value - self.first_loop_slot) // self.num_recurrent_blocks
+        is_count = isinstance(value, int) and not isinstance(value, bool)
+        loops = (value - self.first_loop_slot) // self.num_recurrent_blocks if is_count else 0
         if loops < 1:
             raise InvalidConfigError(
-                f"num_hidden_layers={value} leaves no loop: at least "
+                f"num_hidden_layers={value!r} leaves no loop: at least "
                 f"{self.first_loop_slot + self.num_recurrent_blocks} slots are needed "
                 f"({self.first_loop_slot} before the core, {self.num_recurrent_blocks} per loop)",
                 path="num_hidden_layers",
@@ -384,6 +389,9 @@ class CognexisConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Check every rule again; run by ``validate()`` and before saving."""
+        names = (*_ALWAYS_DERIVED, "rope_parameters")
+        if unset := [f"{name}=None: must have a value" for name in names if getattr(self, name) is None]:
+            raise config_error(unset)
         if faults := architecture_faults({f.name: getattr(self, f.name) for f in fields(self)}):
             raise config_error(faults)
 
@@ -398,7 +406,7 @@ class CognexisConfig(PreTrainedConfig):
         Raises:
             InvalidConfigError: for an unknown name, or overrides that break a rule.
         """
-        key = name.strip().lower().replace("_", "-").replace(" ", "-").removeprefix("cognexis-")
+        key = str(name).strip().lower().replace("_", "-").replace(" ", "-").removeprefix("cognexis-")
         key = "cognexis-" + key.replace("1280b", "1.28t")
         if key in _TRAINABLE_SIZES:
             return cls(**_TRAINABLE_SIZES[key] | overrides)
@@ -440,8 +448,10 @@ class CognexisConfig(PreTrainedConfig):
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
         for key, value in strangers.items():
-            logger.warning(f"config.json: key {key!r} is not known to cognexis; it is kept and has no effect")
-            config.__dict__[key] = value
+            fate = "left out" if key.startswith("_") or hasattr(cls, key) else "kept"
+            logger.warning(f"config.json: key {key!r} is not known to cognexis; it is {fate} and has no effect")
+            if fate == "kept":
+                config.__dict__[key] = value
         return result
 
     def to_dict(self) -> dict[str, Any]:
@@ -461,6 +471,10 @@ class CognexisConfig(PreTrainedConfig):
         if self._code_writer is not None:
             type(self)._code_writer(save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(getattr(torch, value, None) if isinstance(value, str) else value, torch.dtype)
 
 
 def _known_keys(cls: Any) -> set[str]:
@@ -493,7 +507,9 @@ def _checked(cls: Any) -> Any:
             for f in fields(cls)
         }
         sound = {k: value for k, value in values.items() if k in own and k not in wrong}
-        faults += [*wrong.values(), *architecture_faults(defaults | sound)]
+        if (dtype := values.get("dtype")) is not None and not _is_dtype(dtype):
+            wrong["dtype"] = f"dtype={dtype!r}: must name a torch dtype such as 'bfloat16'"
+        faults += [*wrong.values(), *architecture_faults(defaults | sound, only=set(sound) if wrong else None)]
         if faults:
             raise config_error(faults)
         for key in _DERIVED_KEYS:

@@ -30,7 +30,15 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "injection_projection": ("linear", "identity"),
     "state_retention": ("final_only", "all", "selected", "checkpointed"),
 }
-_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+_ROPE_NEEDS = {  # numbers that each rotary scaling needs
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+_ROPE_TYPES = tuple(_ROPE_NEEDS)
 _PROBABILITIES = (
     *("attention_dropout", "ffn_dropout", "embedding_dropout", "classifier_dropout"),
     *("prelude_stochastic_depth", "recurrent_stochastic_depth", "coda_stochastic_depth"),
@@ -66,7 +74,7 @@ _STAGE_OVERRIDES: dict[str, type | tuple[type, ...]] = {
 
 def swiglu_width(hidden_size: int, multiple_of: int = 256) -> int:
     """Feed-forward width 8/3 x ``hidden_size``, rounded up to a multiple (4096 and 256 give 11008)."""
-    return math.ceil(8 * hidden_size / 3 / multiple_of) * multiple_of
+    return -(-8 * hidden_size // (3 * multiple_of)) * multiple_of  # rounded up, in whole numbers
 
 
 def nearest_name(name: str, known: Any, cutoff: float = 0.6) -> str:
@@ -104,13 +112,18 @@ def config_error(faults: list[str]) -> InvalidConfigError:
     return error
 
 
-def architecture_faults(values: dict[str, Any]) -> list[str]:
-    """Every broken rule of a complete, correctly typed set of fields, as "field=value: reason"."""
+def architecture_faults(values: dict[str, Any], only: set[str] | None = None) -> list[str]:
+    """Every broken rule of a complete, correctly typed set of fields, as "field=value: reason".
+
+    Args:
+        values: all fields; None means "derive".
+        only: with other fields unusable, check these by themselves and leave out the rules between fields.
+    """
     v = derived_fields(values)
     faults: list[str] = []
 
     def rule(name: str, holds: bool, reason: str) -> None:
-        if not holds:
+        if not holds and (only is None or name in only):
             faults.append(f"{name}={v[name]!r}: {reason}")
 
     for name, (low, high) in _SIZE_LIMITS.items():
@@ -120,11 +133,13 @@ def architecture_faults(values: dict[str, Any]) -> list[str]:
     for name in _PROBABILITIES:
         rule(name, 0 <= v[name] < 1, "must be a probability in [0, 1)")
     for name in ("embedding_scale", "rms_norm_eps", "initializer_range"):
-        rule(name, math.isfinite(v[name]) and v[name] > 0, "must be finite and positive")
+        rule(name, _is_finite(v[name]) and v[name] > 0, "must be finite and positive")
     for name in ("recurrent_residual_scale", "injection_scale"):
-        rule(name, math.isfinite(v[name]) and v[name] >= 0, "must be finite and not negative")
-    rule("gate_init_bias", math.isfinite(v["gate_init_bias"]), "must be finite")
+        rule(name, _is_finite(v[name]) and v[name] >= 0, "must be finite and not negative")
+    rule("gate_init_bias", _is_finite(v["gate_init_bias"]), "must be finite")
     rule("global_tokens", v["global_tokens"] >= 0, "must be 0 or more")
+    if only is not None:
+        return faults + (_rope_faults(v | {"head_dim": None}) if "rope_parameters" in only else [])
     if faults:
         return faults + _rope_faults(v)  # the rules below divide by and compare these values
 
@@ -195,28 +210,37 @@ def architecture_faults(values: dict[str, Any]) -> list[str]:
 
 
 def _rope_faults(v: dict[str, Any]) -> list[str]:
-    rope = v["rope_parameters"]
-    if not rope:
-        rotary_width, faults = 1.0, []
-    else:
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        theta, factor, rotary_width = (
-            rope.get("rope_theta", 1e4),
-            rope.get("factor", 1.0),
-            rope.get("partial_rotary_factor", 1.0),
-        )
-        checks = {
-            f"rope_parameters.rope_type={kind!r}: must be one of {', '.join(_ROPE_TYPES)}": kind in _ROPE_TYPES,
-            f"rope_parameters.rope_theta={theta!r}: must be finite and above 1": _is_finite(theta) and theta > 1,
-            f"rope_parameters.factor={factor!r}: must be finite and at least 1": _is_finite(factor) and factor >= 1,
-            f"rope_parameters.partial_rotary_factor={rotary_width!r}: must lie in (0, 1]": _is_finite(rotary_width)
-            and 0 < rotary_width <= 1,
-        }
-        faults = [message for message, holds in checks.items() if not holds]
-    if not faults and v["head_dim"] and (rotated := int(v["head_dim"] * rotary_width)) % 2:
-        faults = [
-            f"head_dim={v['head_dim']}: rotary embedding needs an even number of rotated features, got {rotated}"
-        ]
+    rope = v["rope_parameters"] or {}
+    if nested := sorted(k for k in rope if k in LAYER_TYPES):
+        return [f"rope_parameters.{nested[0]}: one set of rotary parameters serves all layer types"]
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _ROPE_TYPES:
+        return [f"rope_parameters.rope_type={kind!r}: must be one of {', '.join(_ROPE_TYPES)}"]
+    faults = []
+
+    def rule(key: str, holds: Any, allowed: str, default: Any) -> None:
+        value = rope.get(key, default)
+        if not (_is_finite(value) and holds(value)):
+            faults.append(f"rope_parameters.{key}={value!r}: must be {allowed}")
+
+    rule("rope_theta", lambda x: x > 1, "finite and above 1", 1e4)
+    rule("partial_rotary_factor", lambda x: 0 < x <= 1, "in (0, 1]", 1.0)
+    for key in _ROPE_NEEDS[kind]:
+        rule(key, lambda x: x > 0, "finite and positive", None)
+    rule("factor", lambda x: x >= 1, "finite and at least 1", 1.0)
+    if faults or not v["head_dim"]:
+        return faults
+    rotated = int(v["head_dim"] * rope.get("partial_rotary_factor", 1.0))
+    if rotated < 2 or rotated % 2:
+        cause = f"head_dim={v['head_dim']}"
+        if "partial_rotary_factor" in rope:
+            cause = f"rope_parameters.partial_rotary_factor={rope['partial_rotary_factor']!r} of {cause}"
+        return [f"{cause}: rotary embedding needs an even number of rotated features, got {rotated}"]
+    for key in ("short_factor", "long_factor") if kind == "longrope" else ():
+        factors: Any = rope.get(key)
+        is_list = isinstance(factors, list) and all(_is_finite(x) and x > 0 for x in factors)
+        if not is_list or len(factors) != rotated // 2:
+            faults.append(f"rope_parameters.{key}={factors!r}: must be a list of {rotated // 2} positive numbers")
     return faults
 
 
@@ -231,7 +255,7 @@ def _override_faults(v: dict[str, Any]) -> list[str]:
             continue
         for key in overrides:
             if key not in _STAGE_OVERRIDES:
-                near = nearest_name(key, _STAGE_OVERRIDES)
+                near = nearest_name(str(key), _STAGE_OVERRIDES)
                 faults.append(
                     f"stage_overrides.{stage}.{key}: cannot differ by stage{near}; "
                     f"allowed: {', '.join(_STAGE_OVERRIDES)}"
@@ -254,7 +278,10 @@ def _has_type(value: Any, wanted: type | tuple[type, ...]) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return not isinstance(value, bool) and math.isfinite(value)
+    except (OverflowError, TypeError):  # an integer beyond every float, or no number at all
+        return False
 
 
 def type_faults(cls: Any, values: dict[str, Any]) -> dict[str, str]:

@@ -38,13 +38,14 @@ from cognexis.decoder.generation import LoopedGenerationMixin
 from cognexis.decoder.inputs import (
     check_attention_mask,
     check_inputs_embeds,
+    check_position_shape,
     check_positions,
     check_token_ids,
 )
 from cognexis.decoder.loss import causal_lm_loss
 from cognexis.decoder.masks import build_masks, document_positions, find_documents, with_memory
 from cognexis.decoder.norm import build_norm
-from cognexis.decoder.recurrent_core import CoreGate, CoreOutput, LoopState, RecurrentCore
+from cognexis.decoder.recurrent_core import CoreOutput, LoopState, RecurrentCore
 from cognexis.decoder.rope import CognexisRotaryEmbedding
 from cognexis.decoder.stability import require_finite_states, residual_scale_report
 from cognexis.errors import CacheError, InvalidConfigError, NonFiniteError
@@ -104,17 +105,16 @@ class CognexisPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        config = self.config
         if isinstance(module, TransformerBlock):
-            for scale in (module.attention_residual_scale, module.feed_forward_residual_scale):
-                if isinstance(scale, nn.Parameter):
-                    init.constant_(scale, module.residual_scale_init)
-        elif isinstance(module, CoreGate):
-            init.constant_(module.proj.bias, module.bias_init)
-        elif isinstance(module, RecurrentCore) and config.input_injection == "concat_project":
-            weight = module.injection_proj.weight
-            eye = torch.eye(config.hidden_size, dtype=weight.dtype, device=weight.device)
-            init.copy_(weight, torch.cat((eye, config.injection_scale * eye), dim=1))
+            for learned in module.parameters(recurse=False):
+                init.constant_(learned, module.residual_scale_init)
+        elif isinstance(module, nn.Linear):
+            # A module without parameters of its own is never handed to this method, so its layers carry their start.
+            if (bias := getattr(module, "initial_bias", None)) is not None:
+                init.constant_(module.bias, bias)
+            if (scale := getattr(module, "initial_identity_scale", None)) is not None:
+                eye = torch.eye(module.out_features, dtype=module.weight.dtype, device=module.weight.device)
+                init.copy_(module.weight, torch.cat((eye, scale * eye), dim=1))
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
@@ -225,6 +225,7 @@ class CognexisModel(CognexisPreTrainedModel):
         self._require_maskable_attention()
         hidden_states = self._embed(input_ids, inputs_embeds)
         batch_size, length = hidden_states.shape[:2]
+        check_position_shape(position_ids, batch_size, length)
         documents = self._documents(
             batch_size, length, document_ids, position_ids, attention_mask, past_key_values, kwargs
         )
@@ -237,12 +238,13 @@ class CognexisModel(CognexisPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = CognexisCache(self.config)
         if past_key_values is not None:
-            bind_cache(past_key_values, self.config, options.num_loops)
-        past_length = self._readable_length(past_key_values)
-        check_attention_mask(attention_mask, batch_size, length, past_length)
+            bind_cache(past_key_values, self.config, options.num_loops, length)
+        if "cache" not in kwargs:  # a paged engine brings masks of its own
+            keys = self._readable_keys(past_key_values, length)
+            check_attention_mask(attention_mask, batch_size, self.config.num_attention_heads, length, keys)
         if position_ids is None:
             position_ids = self._positions(attention_mask, documents, past_key_values, length, hidden_states.device)
-        check_positions(self.config, position_ids, batch_size, length, past_length)
+        check_positions(self.config, position_ids)
         masks = build_masks(
             self.config,
             hidden_states,
@@ -320,14 +322,13 @@ class CognexisModel(CognexisPreTrainedModel):
             attention_mask=attention_mask if isinstance(attention_mask, Tensor) else None,
         )
 
-    def _readable_length(self, past_key_values: Any) -> int | None:
-        """Cached tokens, where they can be read without waiting for a device."""
-        if past_key_values is None:
-            return 0
-        length = past_key_values.get_seq_length()
-        if isinstance(length, Tensor):
-            return None if torch.compiler.is_compiling() or length.device.type != "cpu" else int(length)
-        return int(length)
+    def _readable_keys(self, past_key_values: Any, length: int) -> tuple[int, ...]:
+        """Numbers of keys that a mask may cover, where they can be read without waiting for a device."""
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if torch.compiler.is_compiling() or (isinstance(past, Tensor) and past.device.type != "cpu"):
+            return ()
+        keys = (int(past) + length,)
+        return keys if past_key_values is None else (*keys, past_key_values.get_max_length())
 
     def _positions(
         self,

@@ -19,6 +19,7 @@ from cognexis.configuration_cognexis import BlockSpec
 from cognexis.decoder.attention import CognexisAttention
 from cognexis.decoder.feed_forward import build_feed_forward
 from cognexis.decoder.norm import build_norm
+from cognexis.errors import ShapeMismatchError
 
 
 class TransformerBlock(nn.Module):
@@ -72,7 +73,17 @@ class TransformerBlock(nn.Module):
         active_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Map ``[B, T, H]`` to ``[B, T, H]``; tokens where ``active_mask`` ``[B, T]`` is False keep their input."""
+        """Map ``[B, T, H]`` to ``[B, T, H]``; tokens where ``active_mask`` ``[B, T]`` is False keep their input.
+
+        Raises:
+            ShapeMismatchError: ``active_mask`` is not of shape ``[B, T]``.
+        """
+        if active_mask is not None and active_mask.shape != hidden_states.shape[:-1]:
+            raise ShapeMismatchError(
+                f"active_mask must have shape {tuple(hidden_states.shape[:-1])}, got {tuple(active_mask.shape)}",
+                expected=tuple(hidden_states.shape[:-1]),
+                actual=tuple(active_mask.shape),
+            )
         branch = self.attention(
             self.attention_norm(hidden_states),
             position_embeddings=position_embeddings,

@@ -101,15 +101,14 @@ class CognexisCache(Cache):
             return StaticLayer(max_cache_len=self.capacity)
         return StaticSlidingWindowLayer(max_cache_len=self.capacity, sliding_window=window)
 
-    def bind(self, num_loops: int) -> None:
-        """Reserve the cache for ``num_loops`` loops, adding slots where it may.
+    def bind(self, num_loops: int, new_tokens: int) -> None:
+        """Reserve the cache for ``num_loops`` loops over ``new_tokens`` tokens, adding slots where it may.
 
         Raises:
             CacheError: the entries belong to another loop count, the cache was released, or a static cache has too
-                few slots.
+                few slots or too little room.
         """
-        if self.is_released:
-            raise CacheError("past_key_values: this cache was released; build a new one")
+        self._require_live()
         if self.num_loops not in (None, num_loops) and int(self.get_seq_length()) > 0:
             raise CacheError(
                 f"past_key_values: the cache holds keys of {self.num_loops} loops, the call asks for num_loops="
@@ -121,6 +120,9 @@ class CognexisCache(Cache):
                 f"past_key_values: a static cache of kv_slots={self._config.kv_slots} loops cannot hold num_loops="
                 f"{num_loops}; raise kv_slots or use a dynamic cache"
             )
+        first_full = next((i for i, is_sliding in enumerate(self.is_sliding) if not is_sliding), None)
+        if self.cache_type == "static" and first_full is not None and not torch.compiler.is_compiling():
+            self._require_room(self.layers[first_full], new_tokens)
         if missing:
             kinds = self._config.stage_layer_types("core")
             self.layers += [
@@ -129,6 +131,18 @@ class CognexisCache(Cache):
             ]
             self.slots = slot_table(self._config, num_loops)
         self.num_loops = num_loops
+
+    def _require_live(self) -> None:
+        if self.is_released:
+            raise CacheError("past_key_values: this cache was released; build a new one")
+
+    def _require_room(self, layer: Any, new_tokens: int) -> None:
+        length = int(layer.get_seq_length())
+        if length + new_tokens > self.capacity:
+            raise CacheError(
+                f"past_key_values: {length} cached and {new_tokens} new tokens exceed the static capacity "
+                f"max_cache_len={self.capacity}"
+            )
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -139,57 +153,68 @@ class CognexisCache(Cache):
             CacheError: the slot does not exist, was released, is full, or holds another batch size, number of heads,
                 head width, dtype or device.
         """
-        if self.is_released:
-            raise CacheError("past_key_values: this cache was released; build a new one")
+        self._require_live()
         if layer_idx >= len(self.layers):
             raise CacheError(f"past_key_values: slot {layer_idx} does not exist, the cache has {len(self.layers)}")
         layer = self.layers[layer_idx]
         if layer.is_initialized and layer.keys is not None and layer.keys.numel() > 0:
-            self._check_fits(layer, key_states, layer_idx)
+            _require_same_kind(layer, key_states, layer_idx)
+        readable = key_states.device.type == "cpu" and not torch.compiler.is_compiling()
+        if self.cache_type == "static" and readable and not layer.is_sliding:
+            self._require_room(layer, key_states.shape[2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    def _check_fits(self, layer: Any, new: Tensor, layer_idx: int) -> None:
-        held = layer.keys
-        for name, old, given in (
-            ("batch size", held.shape[0], new.shape[0]),
-            ("number of key/value heads", held.shape[1], new.shape[1]),
-            ("head width", held.shape[3], new.shape[3]),
-            ("dtype", held.dtype, new.dtype),
-            ("device", layer.device, new.device),
-        ):
-            if old != given:
-                raise CacheError(f"past_key_values: slot {layer_idx} holds {name} {old}, the new keys have {given}")
-        is_first_full = layer_idx == next((i for i, sliding in enumerate(self.is_sliding) if not sliding), None)
-        if self.cache_type == "static" and is_first_full and not torch.compiler.is_compiling():
-            length = int(layer.get_seq_length())
-            if length + new.shape[2] > self.capacity:
-                raise CacheError(
-                    f"past_key_values: {length} cached and {new.shape[2]} new tokens exceed the static capacity "
-                    f"max_cache_len={self.capacity}"
-                )
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest ``-tokens_to_remove`` tokens (a count that is zero or negative, as in transformers).
 
         Raises:
-            CacheError: a positive count, or more tokens than are cached.
+            CacheError: a positive count, more tokens than are cached, a static cache, or a sliding window that has
+                already dropped what the crop would bring back. Nothing is changed then.
         """
+        self._require_live()
         length = int(self.get_seq_length())
         if tokens_to_remove > 0 or -tokens_to_remove > length:
             raise CacheError(
                 f"tokens_to_remove={tokens_to_remove}: must lie between {-length} (all cached tokens) and 0"
             )
-        for layer in self.layers:
-            if layer.is_initialized:  # slots of loops that were not run hold nothing
-                layer.crop(tokens_to_remove)
+        if self.cache_type == "static":
+            raise CacheError("past_key_values: a static cache cannot be cropped; use a dynamic one")
+        used = [layer for layer in self.layers if layer.is_initialized]  # slots of loops that ran
+        for layer in used if tokens_to_remove else ():
+            dropped = layer.is_sliding and layer.get_seq_length() >= layer.sliding_window
+            if dropped and not getattr(layer, "record_past", False):
+                raise CacheError(
+                    "past_key_values: a sliding window has dropped its oldest keys; call activate_past_recording() "
+                    "before decoding to be able to crop"
+                )
+        for layer in used:
+            layer.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Let row i continue what row ``beam_idx[i]`` holds."""
+        self._require_live()
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times, copies next to each other."""
+        self._require_live()
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``."""
+        self._require_live()
+        super().batch_select_indices(indices)
 
     def reset(self) -> None:
         """Empty every slot and forget the loop count; the cache can then serve another request."""
+        self._require_live()
         super().reset()
         self.num_loops = None
 
     def release(self) -> None:
         """Free the memory for good; calling it again does nothing, any other use is an error."""
+        if not self.is_released:
+            super().reset()
         for layer in self.layers:
             layer.keys = layer.values = None
             layer.is_initialized = False
@@ -202,28 +227,62 @@ class CognexisCache(Cache):
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def bind_cache(cache: Any, config: Any, num_loops: int) -> None:
-    """Check that ``cache`` can serve ``num_loops`` loops; a stock transformers cache is checked by its lengths.
+def _require_same_kind(layer: Any, new: Tensor, layer_idx: int) -> None:
+    held = layer.keys
+    for name, old, given in (
+        ("batch size", held.shape[0], new.shape[0]),
+        ("number of key/value heads", held.shape[1], new.shape[1]),
+        ("head width", held.shape[3], new.shape[3]),
+        ("dtype", held.dtype, new.dtype),
+        ("device", layer.device, new.device),
+    ):
+        if old != given:
+            raise CacheError(f"past_key_values: slot {layer_idx} holds {name} {old}, the new keys have {given}")
+
+
+def _layout(config: Any) -> tuple[Any, ...]:
+    """What two configurations must share for a cache of one to serve the other."""
+    stages = ("prelude", "core", "coda")
+    heads = tuple(config.block_spec(stage).num_key_value_heads for stage in stages)
+    kinds = tuple(tuple(config.stage_layer_types(stage)) for stage in stages)
+    memory = config.input_injection == "attention_memory"
+    return kinds, heads, config.head_dim, config.sliding_window, config.global_tokens > 0, memory
+
+
+def bind_cache(cache: Any, config: Any, num_loops: int, new_tokens: int) -> None:
+    """Check that ``cache`` can serve a forward; a stock transformers cache is checked by its lengths.
+
+    Args:
+        cache: what the caller passed as ``past_key_values``.
+        config: configuration of the model that will write to it.
+        num_loops: loops of the forward.
+        new_tokens: tokens it will append.
 
     Raises:
-        CacheError: the cache was filled with another number of loops, or has too few slots.
+        CacheError: no cache at all, one of another architecture, one filled with another number of loops, or one with
+            too few slots or too little room.
     """
-    if hasattr(cache, "bind"):
-        cache.bind(num_loops)
+    if not isinstance(cache, Cache):
+        raise CacheError(f"past_key_values: must be a transformers Cache, got {type(cache).__name__}")
+    if isinstance(cache, CognexisCache):
+        if cache._config is not config and _layout(cache._config) != _layout(config):
+            raise CacheError(
+                "past_key_values: the cache was built for a model with other stages, heads or layer types"
+            )
+        cache.bind(num_loops, new_tokens)
         return
-    layers = getattr(cache, "layers", None)
-    if layers is None or torch.compiler.is_compiling() or getattr(cache, "is_compileable", False):
+    lengths = [cache.get_seq_length(i) for i in range(len(cache.layers))]
+    on_device = any(isinstance(n, Tensor) and n.device.type != "cpu" for n in lengths)
+    if torch.compiler.is_compiling() or on_device:
         return
     needed = config.first_loop_slot + num_loops * config.num_recurrent_blocks
-    grows = getattr(cache, "layer_class_to_replicate", None) is not None
-    if needed > len(layers) and not grows:
+    if needed > len(lengths) and cache.layer_class_to_replicate is None:
         raise CacheError(
-            f"past_key_values: {type(cache).__name__} has {len(layers)} slots, num_loops={num_loops} needs {needed}; "
+            f"past_key_values: {type(cache).__name__} has {len(lengths)} slots, num_loops={num_loops} needs {needed}; "
             "use CognexisCache or raise kv_slots"
         )
-    lengths = {int(cache.get_seq_length(i)) for i in range(config.first_loop_slot, needed)}
-    beyond = any(int(cache.get_seq_length(i)) for i in range(needed, len(layers)))
-    if len(lengths) > 1 or (beyond and cache.get_seq_length(0)):
+    filled = [i for i, n in enumerate(lengths) if int(n) > 0]
+    if filled and filled != list(range(needed)):
         raise CacheError(
             f"past_key_values: the cache was filled with another number of loops than num_loops={num_loops}"
         )

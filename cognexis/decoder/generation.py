@@ -5,6 +5,7 @@ model's configuration. Everything a request can get wrong is checked before the 
 themselves are transformers' own.
 """
 
+import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ class CognexisGenerateOutput(GenerateDecoderOnlyOutput):
         halt_reasons: per row, why the loops of each new token stopped.
         stop_reasons: per row, why generation stopped: "eos_token", "max_new_tokens", "stop_string",
             "budget_exhausted" (``max_time``) or "cancelled" (a stopping criterion of the caller).
-        budget_used: ``[B]`` core applications over all passes of the row.
+        budget_used: ``[B]`` core applications over all passes of the row through this model (drafts not counted).
         loop_diagnostics: bounds, mode and whether the run went beyond the trained depth.
     """
 
@@ -152,7 +153,10 @@ class LoopedGenerationMixin(_GenerationMixin):
         stops = self._stop_settings(generation_config, kwargs)
         if is_watched:
             streamer.watch(recorder, self.config, stops)  # type: ignore[union-attr]
-        if stats:
+        if stats and generation_config is not None:  # transformers wants one or the other, not both
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.return_dict_in_generate = True
+        elif stats:
             kwargs["return_dict_in_generate"] = True
         result = self._generate(inputs, generation_config, kwargs | {"loop_recorder": recorder})
         given = 0 if prompt is None else prompt.shape[1]
@@ -183,15 +187,14 @@ class LoopedGenerationMixin(_GenerationMixin):
         return resolve_loop_options(self.config, **values)
 
     @contextmanager
-    def _default_loops(self, num_loops: int | None) -> Iterator[None]:
+    def _default_loops(self, num_loops: int) -> Iterator[None]:
         """Let the configuration's default be ``num_loops`` for a while; for engines that take no keywords."""
-        before = self.config.default_loops
-        if num_loops is not None:
-            self.config.default_loops = num_loops
+        before = self.config.default_loops, self.config.max_loops
+        self.config.default_loops, self.config.max_loops = num_loops, max(num_loops, self.config.max_loops)
         try:
             yield
         finally:
-            self.config.default_loops = before
+            self.config.default_loops, self.config.max_loops = before
 
     def generate_batch(self, inputs: Any, generation_config: Any = None, **kwargs: Any) -> Any:
         """Continuous batching at a fixed loop count.
@@ -203,8 +206,11 @@ class LoopedGenerationMixin(_GenerationMixin):
                 engine mixes tokens of several requests in one row.
 
         Raises:
-            InvalidConfigError: the model has attention memory, global tokens or head counts that differ by stage.
+            InvalidConfigError: the model has attention memory, global tokens or head counts that differ by stage;
+                loop statistics are asked for, which the engine cannot return.
         """
+        if kwargs.get("return_loop_stats"):
+            raise InvalidConfigError("return_loop_stats: generate_batch returns no loop statistics; use generate")
         overrides = (self.config.stage_overrides or {}).values()
         if self.config.input_injection == "attention_memory" or self.config.global_tokens:
             raise InvalidConfigError(
@@ -333,13 +339,12 @@ class LoopedGenerationMixin(_GenerationMixin):
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        """Draft models without loops do not get the loop keywords."""
+        """A draft model runs at its own loop count, so it does not get the loop keywords of this one."""
         assistant = kwargs.get("assistant_model")
         if assistant is not None:
             check_token_ids(kwargs["input_ids"], assistant.config.get_text_config().vocab_size)
-            if "num_loops" not in inspect.signature(assistant.forward).parameters:
-                dropped = (*LOOP_KEYWORDS, "loop_recorder")
-                kwargs["model_kwargs"] = {k: v for k, v in kwargs["model_kwargs"].items() if k not in dropped}
+            dropped = (*LOOP_KEYWORDS, "loop_recorder")
+            kwargs["model_kwargs"] = {k: v for k, v in kwargs["model_kwargs"].items() if k not in dropped}
         return super()._get_candidate_generator(*args, **kwargs)
 
     @staticmethod

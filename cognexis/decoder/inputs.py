@@ -65,61 +65,67 @@ def check_inputs_embeds(inputs_embeds: Tensor, hidden_size: int) -> None:
         )
 
 
-def check_attention_mask(attention_mask: Any, batch_size: int, length: int, past_length: int | None) -> None:
-    """Require a mask ``[B, past + T]``, a finished 4-D mask, or a dictionary of such masks.
+def check_attention_mask(attention_mask: Any, batch_size: int, heads: int, length: int, keys: tuple[int, ...]) -> None:
+    """Require a mask ``[B, past + T]``, a finished mask ``[B or 1, N or 1, T, S]``, or a dictionary of such masks.
 
     Args:
         attention_mask: the mask or None.
         batch_size: B.
+        heads: N.
         length: T, the new tokens.
-        past_length: cached tokens; None when it cannot be read without waiting.
+        keys: the numbers of keys that fit: cached and new tokens, and a static cache's capacity; empty when they
+            cannot be read without waiting.
 
     Raises:
         ShapeMismatchError: another shape.
     """
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim == 4:
+    if not isinstance(attention_mask, Tensor):
         return
-    expected = (batch_size, None if past_length is None else past_length + length)
-    fits = attention_mask.ndim == 2 and attention_mask.shape[0] == batch_size
-    if fits and (expected[1] is None or attention_mask.shape[1] == expected[1]):
-        return
-    wanted = (
-        f"[{batch_size}, {'past + ' if expected[1] is None else ''}{length if expected[1] is None else expected[1]}]"
-    )
-    raise ShapeMismatchError(
-        f"attention_mask must have shape {wanted} (cached and new tokens), got {tuple(attention_mask.shape)}",
-        expected=expected,
-        actual=tuple(attention_mask.shape),
-    )
+    shape = tuple(attention_mask.shape)
+    fits = not keys or (len(shape) > 0 and shape[-1] in keys)
+    if len(shape) == 4:
+        fits = fits and shape[0] in (1, batch_size) and shape[1] in (1, heads) and shape[2] == length
+    else:
+        fits = fits and len(shape) == 2 and shape[0] == batch_size and (not keys or shape[1] == keys[0])
+    if not fits:
+        wanted = keys[0] if keys else f"cached tokens + {length}"
+        raise ShapeMismatchError(
+            f"attention_mask must have shape [{batch_size}, {wanted}] (cached and new tokens), or be a finished mask "
+            f"[{batch_size} or 1, {heads} or 1, {length}, keys]; got {shape}",
+            expected=(batch_size, wanted),
+            actual=shape,
+        )
 
 
-def check_positions(
-    config: Any, position_ids: Tensor | None, batch_size: int, length: int, past_length: int | None
-) -> None:
-    """Require positions ``[B or 1, T]`` within the trained range, unless rotary scaling extends it.
+def check_position_shape(position_ids: Tensor | None, batch_size: int, length: int) -> None:
+    """Require positions of shape ``[B or 1, T]``.
 
     Raises:
         ShapeMismatchError: another shape.
+    """
+    if position_ids is None:
+        return
+    if position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch_size) or position_ids.shape[1] != length:
+        raise ShapeMismatchError(
+            f"position_ids must have shape [{batch_size} or 1, {length}], got {tuple(position_ids.shape)}",
+            expected=(batch_size, length),
+            actual=tuple(position_ids.shape),
+        )
+
+
+def check_positions(config: Any, position_ids: Tensor) -> None:
+    """Require positions within the trained range, unless rotary scaling extends it; reads host memory only.
+
+    Raises:
         InvalidConfigError: a negative position, or one at or beyond ``max_position_embeddings`` without scaling.
     """
+    if not _is_readable(position_ids):
+        return
+    low, last = (int(x) for x in position_ids.aminmax())
+    if low < 0:
+        raise InvalidConfigError(f"position_ids: {low} is negative", path="position_ids", value=low)
     limit = config.max_position_embeddings
-    if config.rope_parameters.get("rope_type", "default") != "default":
-        limit = None
-    if position_ids is None:
-        last = None if past_length is None else past_length + length - 1
-    else:
-        if position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch_size) or position_ids.shape[1] != length:
-            raise ShapeMismatchError(
-                f"position_ids must have shape [{batch_size} or 1, {length}], got {tuple(position_ids.shape)}",
-                expected=(batch_size, length),
-                actual=tuple(position_ids.shape),
-            )
-        if not _is_readable(position_ids):
-            return
-        low, last = (int(x) for x in position_ids.aminmax())
-        if low < 0:
-            raise InvalidConfigError(f"position_ids: {low} is negative", path="position_ids", value=low)
-    if last is not None and limit is not None and last >= limit:
+    if config.rope_parameters.get("rope_type", "default") == "default" and last >= limit:
         raise InvalidConfigError(
             f"position_ids: position {last} is beyond max_position_embeddings={limit} (positions 0 to {limit - 1}); "
             "shorten the input or configure rope_parameters with a scaling",

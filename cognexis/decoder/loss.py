@@ -56,6 +56,8 @@ def causal_lm_loss(
         targets = nn.functional.pad(targets, (0, 1), value=IGNORED_LABEL)[:, 1:]
         weights = None if weights is None else nn.functional.pad(weights, (0, 1))[:, 1:]
     targets = targets.to(logits.device)
+    if weights is not None:
+        targets = targets.masked_fill(weights.to(targets.device) == 0, IGNORED_LABEL)
     losses = nn.functional.cross_entropy(
         logits.to(compute_dtype(logits.dtype)).flatten(0, 1),
         targets.flatten().long(),
@@ -69,8 +71,7 @@ def causal_lm_loss(
     else:
         total, count = losses, active.sum()
     if num_items_in_batch is not None:
-        divisor = num_items_in_batch
-        return total / (divisor.to(total.device) if isinstance(divisor, Tensor) else divisor)
+        count = torch.as_tensor(num_items_in_batch, device=total.device)
     return total / torch.where(count > 0, count, 1)
 
 

@@ -39,11 +39,14 @@ def find_documents(
         ShapeMismatchError: a tensor does not cover ``[B, T]``.
     """
     if cu_seq_lens is not None and document_ids is None and seq_idx is None:
-        if batch_size != 1 or cu_seq_lens.ndim != 1:
+        readable = cu_seq_lens.device.type == "cpu" and not torch.compiler.is_compiling()
+        is_row = batch_size == 1 and cu_seq_lens.ndim == 1
+        if not is_row or (readable and (int(cu_seq_lens[0]), int(cu_seq_lens[-1])) != (0, length)):
             raise ShapeMismatchError(
-                f"cu_seq_lens_q describes one flattened row, got a batch of {batch_size} rows",
-                expected=1,
-                actual=batch_size,
+                f"cu_seq_lens must have one axis, run from 0 to {length} and describe a single row; got shape "
+                f"{tuple(cu_seq_lens.shape)} for a batch of {batch_size} rows",
+                expected=(0, length),
+                actual=tuple(cu_seq_lens.shape),
             )
         tokens = torch.arange(length, device=cu_seq_lens.device)
         document_ids = torch.searchsorted(cu_seq_lens[1:].contiguous(), tokens, right=True)[None]
@@ -100,25 +103,36 @@ def build_masks(
     """
     if isinstance(attention_mask, dict):
         return attention_mask
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 and attention_mask.dtype.is_floating_point:
+        # A row that sees nothing gives zeros in every implementation only if hidden means minus infinity.
+        is_hidden = attention_mask <= torch.finfo(attention_mask.dtype).min / 2
+        attention_mask = attention_mask.masked_fill(is_hidden, float("-inf"))
     arguments: dict[str, Any] = {
         "config": config,
         "inputs_embeds": inputs_embeds,
         "attention_mask": attention_mask,
         "past_key_values": past_key_values,
     }
-    if documents is not None:  # padding is a document of its own, so the padding mask is already in there
-        arguments |= {"attention_mask": None, "position_ids": document_positions(documents)}
     kinds = {kind for stage in ("prelude", "core", "coda") for kind in config.stage_layer_types(stage)}
     has_memory = config.input_injection == "attention_memory"
     if has_memory:
         kinds.add("full_attention")
         arguments["and_mask_function"] = _everything  # a mask that exists: the memory's columns are appended to it
+    if documents is not None:  # padding is a document of its own, so the padding mask is already in there
+        position_ids = document_positions(documents)
+        arguments["attention_mask"] = None
+        if has_memory or config.global_tokens:
+            arguments["and_mask_function"] = _same_document(documents)
+        else:
+            arguments["position_ids"] = position_ids
     masks = {}
     if "full_attention" in kinds:
         masks["full_attention"] = create_causal_mask(**arguments)
     if "sliding_attention" in kinds:
         if config.global_tokens:
-            arguments["or_mask_function"] = _global_tokens(config, arguments, position_ids)
+            arguments["or_mask_function"] = _global_tokens(
+                config, arguments, None if documents is None else position_ids
+            )
         masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments)
     return masks
 
@@ -135,15 +149,22 @@ def _everything(batch: Any, head: Any, query: Any, key: Any) -> Any:
     return query.new_ones((), dtype=torch.bool)
 
 
-def _global_tokens(config: Any, arguments: dict[str, Any], position_ids: Tensor | None) -> Any:
+def _same_document(documents: Tensor) -> Any:
+    def is_same(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return documents[batch, query] == documents[batch, key]
+
+    return is_same
+
+
+def _global_tokens(config: Any, arguments: dict[str, Any], packed_positions: Tensor | None) -> Any:
     """Mask function: keys among the first ``global_tokens`` real tokens of their sequence or document."""
     attention_mask = arguments["attention_mask"]
-    if arguments.get("position_ids") is not None:
-        key_positions = arguments["position_ids"]
-    elif attention_mask is not None and attention_mask.ndim == 2:
+    key_positions = packed_positions
+    if packed_positions is None and attention_mask is not None and attention_mask.ndim == 2:
         key_positions = attention_mask.long().cumsum(-1) - 1
-    else:
-        key_positions = None
+        if (cache := arguments["past_key_values"]) is not None:  # a static cache has keys that are not written yet
+            keys = cache.get_mask_sizes(arguments["inputs_embeds"].shape[1], 0)[0]
+            key_positions = torch.nn.functional.pad(key_positions, (0, keys - key_positions.shape[1]))
 
     def is_global(batch: Any, head: Any, query: Any, key: Any) -> Any:
         position = key if key_positions is None else key_positions[batch, key]

@@ -49,7 +49,7 @@ class CoreOutput:
         hidden_states: ``[B, T, H]``, the state after the last loop.
         states: retained states in loop order, each ``[B, T, H]``; empty under ``final_only``.
         is_finite: ``[L + 1]`` flags on the device, entry 0 for the input; None outside training and recording.
-        gate_mean: ``[L]`` mean gate of each loop; None without a gate or without recording.
+        gate_mean: ``[L]`` mean gate of each loop, NaN for a skipped one; None without a gate or without recording.
         norms: ``[L + 1]`` mean state norm, entry 0 for the input; None without recording.
     """
 
@@ -72,7 +72,7 @@ class CoreGate(nn.Module):
         hidden_size, spec = config.hidden_size, config.block_spec("core")
         self.norm = build_norm(spec.norm_type, hidden_size, spec.rms_norm_eps)
         self.proj = nn.Linear(hidden_size, hidden_size, bias=True)
-        self.bias_init = float(config.gate_init_bias)
+        self.proj.initial_bias = float(config.gate_init_bias)  # type: ignore[assignment]
         self.condition_proj = None
         if config.input_injection == "gate_condition":
             self.condition_proj = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -128,6 +128,7 @@ class RecurrentCore(nn.Module):
             self.injection_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         elif config.input_injection == "concat_project":
             self.injection_proj = nn.Linear(2 * hidden_size, hidden_size, bias=False)
+            self.injection_proj.initial_identity_scale = float(config.injection_scale)
         self.memory_norm = build_norm(spec.norm_type, hidden_size, spec.rms_norm_eps) if has_memory else None
         closes = config.recurrent_norm in ("closing", "sandwich")
         self.closing_norm = build_norm(spec.norm_type, hidden_size, spec.rms_norm_eps) if closes else None
@@ -186,8 +187,9 @@ class RecurrentCore(nn.Module):
             state, gate = self.loop(state, h0, loop_index, **kwargs)
             state = self.loop_state(state)
             states.append(state)
-            if record and gate is not None:
-                gates.append(gate.detach().float().mean())
+            if record and self.gate is not None:  # a loop that stochastic depth skipped has no gate
+                skipped = state.new_full((), float("nan"), dtype=torch.float32)
+                gates.append(skipped if gate is None else gate.detach().float().mean())
         return (*states, *gates)
 
     def forward(

@@ -1,0 +1,5 @@
+"""``python -m cognexis`` is the command line."""
+
+from cognexis.cli import main
+
+main()
