@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Flat remote code: the package's runtime modules as the few files that transformers can load.
 
 A checkpoint folder has to load with ``trust_remote_code=True`` where this package is not installed, but the
@@ -8,26 +7,20 @@ entry modules need are found by reading their imports and merged, one file per f
     cognexis/decoder/norm.py, cognexis/decoder/block.py  ->  decoder_cognexis.py
     in another folder: from cognexis.decoder.norm import RMSNorm  ->  from .decoder_cognexis import RMSNorm
 
-Inside a file the modules stand in dependency order, their imports are hoisted, and imports of each other
-vanish. What cannot be expressed that way is refused with file and line, never guessed:
+Inside a file the modules stand in dependency order, their imports are hoisted, and imports of each other vanish.
+What cannot be expressed that way is refused with file and line, never guessed: star, relative and module imports
+of our own code; two meanings of one top-level name in one file; folders that need each other.
 
-- star, relative and module imports of our own code (``import cognexis.x``); only names can be imported;
-- two things under one top-level name in one file, unless they are the same definition twice;
-- folders that need each other, since each of the two files would have to be loaded first.
-
-Three cases deserve a word. A module that is only reached by imports inside functions keeps a file of its own
-(``..._on_demand_...``), so that what was loaded lazily, such as Triton kernels, still is. Sub-folders of one
-folder that need each other share a file. A folder that a checkpoint does without is left out, and an import
-of it inside a function becomes an ImportError that says so. Blocks under TYPE_CHECKING are dropped, because
-the loader would take their imports as requirements.
+A module that is only reached by imports inside functions keeps a file of its own (``..._on_demand_...``), so that
+what was loaded lazily, such as Triton kernels, still is. Sub-folders of one folder that need each other share a
+file. Where a checkpoint does without a folder, an import of it inside a function becomes an ImportError that says
+so. Blocks under TYPE_CHECKING are dropped, because the loader would take their imports as requirements.
 """
 
 import ast
 import builtins
-import contextlib
 import functools
 import graphlib
-import importlib.metadata
 import importlib.resources
 import itertools
 import os
@@ -35,25 +28,24 @@ import re
 import sys
 import textwrap
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from cognexis.errors import BackendError
 
 # The loader's own two expressions (transformers.dynamic_module_utils.get_relative_imports). They read text,
 # not syntax: a docstring line can look like an import to them.
 _LOADER_PATTERNS = (r"^\s*import\s+\.(\S+)\s*$", r"^\s*from\s+\.(\S+)\s+import")
-_LINE_WIDTH = 110
+_LINE_WIDTH = 119
 # Names whose value depends on where a module lies; in a merged file it would be another.
 _PLACE_DEPENDENT = frozenset({"__file__", "__path__", "__package__", "__spec__", "__loader__", "globals"})
-_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-_BINDING = (ast.Name, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
-# What may stand on the right of two equal assignments that become one.
-_HARMLESS_CALLS = ("getLogger", "get_logger", "TypeVar", "ParamSpec")
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _DISPLAYS = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp, ast.GeneratorExp)
+# Calls that may stand on the right of two equal assignments that become one.
+_HARMLESS_CALLS = ("getLogger", "get_logger", "TypeVar", "ParamSpec")
 
 Dependencies = dict[str, set[str]]
 
@@ -66,16 +58,15 @@ class BundleError(BackendError):
 
 @dataclass(frozen=True)
 class BundleLayout:
-    """Which package is flattened, and how its modules are spread over files.
+    """Which package is flattened; all names but the first are relative to it.
 
     Attributes:
         root: name of the package; also the suffix of every generated file.
-        entries: modules that get a file under their own name; those that do not exist are skipped unless
-            they are in ``required``. Names here and below are relative to ``root``.
+        entries: modules that keep a file of their own; those that do not exist are skipped.
         required: entries without which there is no bundle.
         stays: folders and modules that must never travel.
-        files: file stems by dotted prefix, the longest prefix wins. What is not listed goes into a file named
-            after its folder, down to two levels: ``kernels.lstm.reference`` into ``kernels_lstm``.
+        files: file stems by dotted prefix of the modules that they hold; the longest prefix wins. The file of what
+            is not listed has the name of its folder, two levels deep: ``kernels_lstm`` for kernels/lstm/reference.py.
     """
 
     root: str
@@ -85,14 +76,10 @@ class BundleLayout:
     files: tuple[tuple[str, str], ...] = ()
 
     def stem(self, module: str, is_package: bool) -> str:
-        """Name the file of ``module``, without suffix."""
-        table = dict(self.files)
-        for prefix in _prefixes(module):
-            if prefix in table:
-                return table[prefix]
+        """Name the file of a module, without suffix."""
         parts = module.split(".")
-        folder = parts if is_package else parts[:-1]
-        return "_".join(folder[:2]) if folder else module
+        listed = [stem for prefix, stem in sorted(self.files) if prefix in _prefixes(module)]
+        return listed[-1] if listed else "_".join((parts if is_package else parts[:-1])[:2]) or module
 
     def file_name(self, stem: str) -> str:
         """``decoder`` becomes ``decoder_cognexis.py``; ``modeling_cognexis`` keeps its name."""
@@ -132,10 +119,6 @@ def _cached_bundle(exclude: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
 def write_bundle(folder: str | os.PathLike[str], config: Any = None) -> list[str]:
     """Write the remote code beside a checkpoint.
 
-    Each file is written under a temporary name and then put in place, so that a reader never sees half of
-    it. Files that are up to date are left alone, and generated files of an earlier save that are no longer
-    needed are removed; nothing else in the folder is touched.
-
     Args:
         folder: checkpoint folder, created if it does not exist.
         config: the model's configuration, which tells whether Cortex layers are needed; None means no.
@@ -158,10 +141,14 @@ def needs_cortex(config: Any) -> bool:
 def write_files(folder: str | os.PathLike[str], files: dict[str, str], root: str) -> list[str]:
     """Bring the generated files of package ``root`` in ``folder`` to the state of ``files``.
 
+    Each file is written under a temporary name and then put in place, so that a reader never sees half of it.
+    Files that are up to date are left alone. Generated files of an earlier save that are no longer part are
+    removed, recognised by name and header; nothing else in the folder is touched.
+
     Args:
         folder: target, created if it does not exist.
         files: source text by file name.
-        root: name of the package; only files ``*_<root>.py`` that carry its header can be removed.
+        root: name of the package.
 
     Returns:
         The names of ``files``, sorted.
@@ -190,7 +177,7 @@ def flatten(layout: BundleLayout, package: Traversable, exclude: tuple[str, ...]
     """Flatten one package; the general form of `bundle_files`.
 
     Args:
-        layout: what to flatten into which files.
+        layout: what to flatten.
         package: the package's folder.
         exclude: folders, relative to the package, that this checkpoint does without.
 
@@ -204,13 +191,10 @@ def flatten(layout: BundleLayout, package: Traversable, exclude: tuple[str, ...]
     graph.collect()
     graph.check_folders()
     graph.assign_files()
-    stems = sorted(set(graph.stems.values()))
-    files = {layout.file_name(stem): _FlatFile(graph, stem).render() for stem in stems}
+    stems = set(graph.stems.values())
+    files = {layout.file_name(stem): _FlatFile(graph, stem).render() for stem in sorted(stems)}
     _check_result(files)
     return dict(sorted(files.items()))
-
-
-# ---- one module of the package ----
 
 
 @dataclass(frozen=True)
@@ -220,8 +204,8 @@ class _OwnImport:
     target: str
     names: tuple[tuple[str, str], ...]
     node: ast.ImportFrom
-    functions: tuple[ast.AST, ...]  # the functions around it, outermost first
-    is_eager: bool  # stands at the top level, under no condition
+    functions: tuple[ast.AST, ...]  # the functions around it
+    is_plain: bool  # stands at the top level, under no condition
 
 
 @dataclass(eq=False)
@@ -230,89 +214,84 @@ class _Module:
 
     name: str
     label: str  # path for messages, such as cognexis/decoder/norm.py
-    is_package: bool
-    text: str
-    tree: ast.Module
+    lines: list[str]
+    body: list[ast.stmt]
+    docstring: ast.stmt | None
     imports: list[_OwnImport] = field(default_factory=list)
-    hidden: list[ast.stmt] = field(default_factory=list)  # blocks under TYPE_CHECKING
+    globals: list[ast.Global] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.lines = self.text.split("\n")
+    @property
+    def is_package(self) -> bool:
+        return self.label.endswith("/__init__.py")
 
     def error(self, node: ast.AST | int, message: str) -> BundleError:
         line = node if isinstance(node, int) else getattr(node, "lineno", 1)
         return BundleError(f"{self.label}:{line}: {message}")
 
-    def own_import(self, node: ast.AST) -> _OwnImport | None:
-        return next((own for own in self.imports if own.node is node), None)
-
     @functools.cached_property
     def bound(self) -> frozenset[str]:
         """Every name that the module's top level binds, imports included."""
-        return frozenset(name for node in self.tree.body for name in _bound_names(node))
+        return frozenset(name for node in self.body for name in _bound_names(node))
 
     @functools.cached_property
     def passed_on(self) -> dict[str, tuple[str, str]]:
         """Module and name behind each alias that the top level imports from our own code and keeps."""
-        imports = [own for own in self.imports if own.is_eager]
+        imports = [own for own in self.imports if own.is_plain]
         nodes = [own.node for own in imports]
-        changed = {name for node in self.tree.body if node not in nodes for name in _bound_names(node)}
+        changed = {name for node in self.body if node not in nodes for name in _bound_names(node)}
         found = {alias: (own.target, name) for own in imports for name, alias in own.names}
         return {alias: place for alias, place in found.items() if alias not in changed}
 
     def read(self, root: str) -> None:
         """Find the module's own imports; refuses the forms that flat files cannot express."""
-        for pattern in _LOADER_PATTERNS:
-            for match in re.finditer(pattern, self.text, flags=re.MULTILINE):
-                raise self.error(
-                    self.text.count("\n", 0, match.start(1)) + 1,
-                    f"line looks like a relative import of {match.group(1)!r}, which the remote-code loader "
-                    "would follow even inside a string; import by the absolute name, or reword the text",
-                )
-        for node in self.tree.body:
-            self._visit(node, root, (), [])
+        text = "\n".join(self.lines)
+        for match in itertools.chain(*(re.finditer(pattern, text, re.MULTILINE) for pattern in _LOADER_PATTERNS)):
+            raise self.error(
+                text.count("\n", 0, match.start(1)) + 1,
+                f"line looks like a relative import of {match.group(1)!r}, which the remote-code loader "
+                "would follow even inside a string; import by the absolute name, or reword the text",
+            )
+        for node in self.body:
+            self._visit(node, root, ())
 
-    def _visit(self, node: ast.AST, root: str, functions: tuple[ast.AST, ...], around: list[ast.AST]) -> None:
-        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            if around or node.orelse:
-                raise self.error(node, "a TYPE_CHECKING block must be at the top level and have no else")
-            self.hidden.append(node)
-            return
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.split(".")[0] == root:
-                    raise self.error(node, f"import {alias.name}: import names with from ... import instead")
-        elif isinstance(node, ast.ImportFrom):
-            self._read_from(node, root, functions, around)
+    def _visit(self, node: ast.AST, root: str, around: tuple[ast.AST, ...]) -> None:
+        if isinstance(node, ast.Import) and any(alias.name.split(".")[0] == root for alias in node.names):
+            raise self.error(node, f"import of {root}: import names with from ... import instead")
+        if isinstance(node, ast.ImportFrom):
+            self._read_from(node, root, around)
+        elif isinstance(node, ast.Global):
+            self.globals.append(node)
         elif isinstance(node, ast.Name) and node.id in _PLACE_DEPENDENT:
             raise self.error(node, f"{node.id} means something else in a merged file; do without it")
         elif isinstance(node, ast.Call) and _imports_by_text(node, root):
             raise self.error(node, "our own modules cannot be imported by a name in a string")
-        inner = (*functions, node) if isinstance(node, _FUNCTIONS) else functions
+        elif _is_type_checking(node):
+            raise self.error(node, "a TYPE_CHECKING block must be at the top level and have no else")
         for child in ast.iter_child_nodes(node):
-            self._visit(child, root, inner, [*around, node])
+            self._visit(child, root, (*around, node))
 
-    def _read_from(
-        self, node: ast.ImportFrom, root: str, functions: tuple[ast.AST, ...], around: list[ast.AST]
-    ) -> None:
-        parts = (node.module or "").split(".")
-        if node.level:
-            raise self.error(node, "relative import; import by the absolute name")
-        if any(alias.name == "*" for alias in node.names):
-            raise self.error(node, "star import; name what is imported")
-        if parts[0] != root:
-            return
-        if len(parts) == 1:
-            raise self.error(node, f"from {root} import ...: import from the module that holds the name")
-        if any(isinstance(outer, ast.ClassDef) for outer in around) and not functions:
-            raise self.error(node, "import of our own code in a class body; move it to the top of the module")
-        if not _stands_alone(self.lines, node):
-            raise self.error(node, "an import of our own code must stand on lines of its own")
-        names = tuple((alias.name, alias.asname or alias.name) for alias in node.names)
-        self.imports.append(_OwnImport(".".join(parts[1:]), names, node, functions, is_eager=not around))
-
-
-# ---- the modules together ----
+    def _read_from(self, node: ast.ImportFrom, root: str, around: tuple[ast.AST, ...]) -> None:
+        package, _, target = (node.module or "").partition(".")
+        is_own = package == root
+        functions = tuple(outer for outer in around if isinstance(outer, ast.FunctionDef | ast.AsyncFunctionDef))
+        before = self.lines[node.lineno - 1].encode()[: node.col_offset].strip()
+        after = self.lines[(node.end_lineno or 0) - 1].encode()[node.end_col_offset :].strip()
+        faults = {
+            "relative import; import by the absolute name": node.level > 0,
+            "star import; name what is imported": node.names[0].name == "*",
+            f"from {root} import ...: import from the module that holds the name": is_own and not target,
+            "import of our own code in a class body; move it to the top of the module": is_own
+            and any(isinstance(outer, ast.ClassDef) for outer in around)
+            and not functions,
+            "an import of our own code must stand on lines of its own": is_own
+            and bool(before or (after and not after.startswith(b"#"))),
+        }
+        for fault, found in faults.items():
+            if found:
+                raise self.error(node, fault)
+        if is_own:
+            names = tuple((alias.name, alias.asname or alias.name) for alias in node.names)
+            self.imports.append(_OwnImport(target, names, node, functions, is_plain=not around))
 
 
 class _Graph:
@@ -327,77 +306,70 @@ class _Graph:
         self.eager: Dependencies = {}  # by imports that run when the module is loaded
         self.lazy: Dependencies = {}  # by imports inside functions
         self.stems: dict[str, str] = {}
-        self.version = _version(package, layout.root)
 
     def collect(self) -> None:
         """Follow the imports of the entry modules; fills ``eager`` and ``lazy``."""
-        for name in self.layout.entries:
-            if self.load(name):
-                self.entries.append(name)
-            elif name in self.layout.required or not self.entries:
-                raise BundleError(f"{self.layout.root}/{name}.py: entry module not found")
+        missing = [name for name in self.layout.required if not self.load(name)]
+        if missing:
+            raise BundleError(f"{self.layout.root}/{missing[0]}.py: entry module not found")
+        self.entries = [name for name in self.layout.entries if self.load(name)]
         waiting = list(self.entries)
         while waiting:
             name = waiting.pop()
             if name in self.eager:
                 continue
             self.eager[name], self.lazy[name] = set(), set()
-            module = self.module(name)
-            for statement in module.imports:
-                if self.is_excluded(module, statement):
-                    continue
-                kind = self.eager if statement.is_eager else self.lazy
-                kind[name].update(self._needed(module, statement))
+            for own in self.module(name).imports:
+                if not self.why_excluded(self.module(name), own):
+                    (self.lazy if own.functions else self.eager)[name].update(self._needed(self.module(name), own))
             self.lazy[name] -= self.eager[name]
             waiting.extend(sorted(self.eager[name] | self.lazy[name]))
+        self._check_packages()
 
-    def _needed(self, module: _Module, statement: _OwnImport) -> Iterator[str]:
-        stays = next((p for p in _prefixes(statement.target) if p in self.layout.stays), None)
-        if stays:
-            raise module.error(statement.node, f"{self.layout.root}.{stays} never travels with a checkpoint")
-        for name, _ in statement.names:
-            yield self.origin(module, statement, name)[0]
-        target = self.load(statement.target)
-        if target and not target.is_package:  # a folder's __init__ that only passes a name on is skipped
-            yield target.name
+    def _needed(self, module: _Module, own: _OwnImport) -> Iterator[str]:
+        if own.target.split(".")[0] in self.layout.stays:
+            raise module.error(own.node, f"{self.layout.root}.{own.target} never travels with a checkpoint")
+        for name, _ in own.names:
+            yield self.origin(module, own, name)[0]
+        if not self.module(own.target).is_package:  # a folder's __init__ that only passes a name on is skipped
+            yield own.target
 
-    def is_excluded(self, module: _Module, statement: _OwnImport) -> bool:
-        """Say whether an import belongs to an excluded folder; at the top level that is an error."""
-        prefix = next((p for p in _prefixes(statement.target) if p in self.exclude), None)
-        if prefix and not statement.functions:
-            raise module.error(
-                statement.node,
-                f"{self.layout.root}.{prefix} is left out of checkpoints that do not need it, so it can only "
-                "be imported inside the function that uses it",
-            )
-        return prefix is not None
+    def _check_packages(self) -> None:
+        """Refuse a folder whose ``__init__`` does something on import, but only passes names on in the result."""
+        harmless = (ast.Import, ast.ImportFrom, ast.Assign, *_DEFINITIONS)
+        around = {folder for name in self.eager for folder in _prefixes(name)} - self.eager.keys()
+        for module in filter(None, map(self.load, sorted(around))):
+            for node in module.body:
+                if not isinstance(node, harmless) and node is not module.docstring:
+                    raise module.error(node, "a folder's __init__ is left out here, so this would not run")
 
-    def exclusion_message(self, statement: _OwnImport) -> str:
-        """Text of the ImportError that stands where an excluded import was."""
-        prefix = next(p for p in _prefixes(statement.target) if p in self.exclude)
+    def why_excluded(self, module: _Module, own: _OwnImport) -> str:
+        """Say why what an import names is left out; empty where it is not."""
+        prefix = next((prefix for prefix in _prefixes(own.target) if prefix in self.exclude), "")
+        if prefix and not own.functions:
+            reason = "is left out of some checkpoints; import it inside the function that uses it"
+            raise module.error(own.node, f"{self.layout.root}.{prefix} {reason}")
         what = prefix.rpartition(".")[2].replace("_", " ").capitalize()
-        return f"{self.layout.root}.{statement.target}: this checkpoint was saved without {what}"
+        return f"{self.layout.root}.{own.target}: this checkpoint was saved without {what}" if prefix else ""
 
-    def origin(self, module: _Module, statement: _OwnImport, name: str) -> tuple[str, str]:
+    def origin(self, module: _Module, own: _OwnImport, name: str) -> tuple[str, str]:
         """Module and name of the definition behind an imported name, through all re-exports."""
-        target, seen = statement.target, set()
+        target, seen = own.target, set()
         while True:
             source = self.load(target)
             if source is None:
-                raise module.error(statement.node, f"{self.layout.root}.{target} does not exist")
+                raise module.error(own.node, f"{self.layout.root}.{target} does not exist")
             if (target, name) in seen:
-                raise module.error(statement.node, f"{name} is passed around in a circle and never defined")
+                raise module.error(own.node, f"{name} is passed around in a circle and never defined")
             seen.add((target, name))
             if name in source.passed_on:
                 target, name = source.passed_on[name]
-                continue
-            if name in source.bound:
+            elif name in source.bound:
                 return target, name
-            is_module = self.load(f"{target}.{name}") is not None
-            reason = (
-                "is a module; import the names in it" if is_module else f"is not defined in {source.label}"
-            )
-            raise module.error(statement.node, f"{name} {reason}")
+            elif self.load(f"{target}.{name}"):
+                raise module.error(own.node, f"{name} is a module; import the names in it")
+            else:
+                raise module.error(own.node, f"{name} is not defined in {source.label}")
 
     def module(self, name: str) -> _Module:
         """Give a module that is known to exist."""
@@ -408,50 +380,43 @@ class _Graph:
     def load(self, name: str) -> _Module | None:
         """Parse a module, once; None if it does not exist."""
         if name not in self.parsed:
-            self.parsed[name] = self._parse(name)
+            paths = (f"{name.replace('.', '/')}.py", f"{name.replace('.', '/')}/__init__.py")
+            self.parsed[name] = next(
+                (self._parse(name, path) for path in paths if (self.package / path).is_file()), None
+            )
         return self.parsed[name]
 
-    def _parse(self, name: str) -> _Module | None:
-        *folders, last = name.split(".")
-        place = self.package.joinpath(*folders) if folders else self.package
-        path = "/".join((self.layout.root, *folders, last))
-        for file, is_package in ((place / f"{last}.py", False), (place / last / "__init__.py", True)):
-            if not file.is_file():
-                continue
-            label = f"{path}/__init__.py" if is_package else f"{path}.py"
-            text = file.read_text(encoding="utf-8").replace("\r\n", "\n").rstrip("\n")
-            try:
-                tree = ast.parse(text)
-            except SyntaxError as error:
-                raise BundleError(f"{label}:{error.lineno}: {error.msg}") from error
-            module = _Module(name, label, is_package, text, tree)
-            module.read(self.layout.root)
-            return module
-        return None
+    def _parse(self, name: str, path: str) -> _Module:
+        label = f"{self.layout.root}/{path}"
+        text = (self.package / path).read_text(encoding="utf-8").rstrip("\n")
+        try:
+            tree = ast.parse(text)
+        except SyntaxError as error:
+            raise BundleError(f"{label}:{error.lineno}: {error.msg}") from error
+        docstring = tree.body[0] if ast.get_docstring(tree) is not None else None
+        lines = text.split("\n")
+        for node in [node for node in tree.body if _is_type_checking(node) and not node.orelse]:
+            tree.body.remove(node)
+            lines[node.lineno - 1 : node.end_lineno] = [""] * ((node.end_lineno or 0) - node.lineno + 1)
+        module = _Module(name, label, lines, tree.body, docstring)
+        module.read(self.layout.root)
+        return module
 
     def check_folders(self) -> None:
         """Refuse top-level folders that need each other, by whatever import."""
-        folders: Dependencies = {}
+        folders: dict[str, dict[str, str]] = {}  # by importing and imported folder, one place where it happens
         for name in sorted(self.eager):
-            top = name.split(".")[0]
-            needed = {other.split(".")[0] for other in self.eager[name] | self.lazy[name]}
-            folders.setdefault(top, set()).update(needed - {top})
+            needed = folders.setdefault(name.split(".")[0], {})
+            for other in sorted(self.eager[name] | self.lazy[name]):
+                needed[other.split(".")[0]] = f"{self.module(name).label} needs {self.module(other).label}"
         try:
-            graphlib.TopologicalSorter({top: sorted(folders[top]) for top in sorted(folders)}).prepare()
+            graphlib.TopologicalSorter(
+                {top: sorted(needed.keys() - {top}) for top, needed in folders.items()}
+            ).prepare()
         except graphlib.CycleError as error:
-            circle = error.args[1][::-1]
-            steps = [self._example(here, there) for here, there in itertools.pairwise(circle)]
-            raise BundleError(
-                f"{' -> '.join(circle)}: folders need each other, but their files must be loaded one after "
-                f"the other ({'; '.join(steps)})"
-            ) from error
-
-    def _example(self, here: str, there: str) -> str:
-        for name in sorted(self.eager):
-            for statement in self.module(name).imports if name.split(".")[0] == here else ():
-                if statement.target.split(".")[0] == there:
-                    return f"{self.module(name).label}:{statement.node.lineno} imports {statement.target}"
-        return f"{here} imports {there}"
+            steps = itertools.pairwise(error.args[1][::-1])
+            places = "; ".join(folders[here][there] for here, there in steps)
+            raise BundleError(f"folders need each other, but one file must be loaded first: {places}") from error
 
     def assign_files(self) -> None:
         """Choose the file of each module; fills ``stems``."""
@@ -478,9 +443,6 @@ class _Graph:
         return found
 
 
-# ---- one generated file ----
-
-
 @dataclass(frozen=True)
 class _Owner:
     """Who bound a top-level name of a generated file, and to what."""
@@ -488,7 +450,6 @@ class _Owner:
     module: _Module
     node: ast.stmt
     meaning: tuple[str, str]  # module and name of our definition, or "" and the path of another package's
-    syntax: str  # the statement, where an equal one may stand in for it; empty elsewhere
 
 
 class _FlatFile:
@@ -502,7 +463,7 @@ class _FlatFile:
         self.owners: dict[str, _Owner] = {}
         self.merged: dict[tuple[str, str], tuple[str, str]] = {}  # definitions dropped for an equal one
         self.plain_imports: set[str] = set()
-        self.from_imports: dict[str, set[str]] = {}
+        self.from_imports: Dependencies = {}
         self.exported: set[str] = set()
 
     def _order(self) -> list[str]:
@@ -516,7 +477,7 @@ class _FlatFile:
 
     def render(self) -> str:
         """Generate the text of the file."""
-        future = {_has_future_annotations(module.tree): module.label for module in self.modules}
+        future = {any(map(_is_future, module.body)): module.label for module in self.modules}
         if len(future) > 1:
             raise BundleError(
                 f"{future[True]} has from __future__ import annotations and {future[False]} has not; both go "
@@ -531,14 +492,16 @@ class _FlatFile:
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def _header(self) -> str:
-        mark = f"{_mark(self.graph.layout.root)}{self.graph.version}; do not edit, every save writes it anew."
-        lines = ["# SPDX-License-Identifier: Apache-2.0", mark]
+        start = (self.graph.package / "__init__.py").read_text(encoding="utf-8")
+        version = re.search(r'^__version__ = "(.+)"', start, re.MULTILINE)
+        mark = f"{_mark(self.graph.layout.root)}{version[1] if version else '(no version)'}"
+        lines = ["# SPDX-License-Identifier: Apache-2.0", f"{mark}; do not edit, every save writes it anew."]
+        first = self.modules[0]
         if len(self.modules) > 1:
             lines += ['"""Several modules in one file, in the order in which they need each other:', ""]
             lines += [*(f"    {module.label}" for module in self.modules), '"""']
-        elif _docstring_node(self.modules[0].tree):
-            node = self.modules[0].tree.body[0]
-            lines.extend(self.modules[0].lines[node.lineno - 1 : node.end_lineno])
+        elif first.docstring:
+            lines += first.lines[first.docstring.lineno - 1 : first.docstring.end_lineno]
         return "\n".join(lines)
 
     def _imports(self) -> str:
@@ -553,47 +516,39 @@ class _FlatFile:
     def _module_lines(self, module: _Module) -> list[str]:
         out: list[str] = []
         if len(self.modules) > 1:
-            docstring = (ast.get_docstring(module.tree, clean=False) or "").strip().splitlines()
-            out += [f"# Module {module.label}", *(f"# {line}".rstrip() for line in docstring), ""]
+            docstring = ast.literal_eval(module.docstring.value) if isinstance(module.docstring, ast.Expr) else ""
+            out = [f"# Module {module.label}", *(f"# {line}".rstrip() for line in docstring.strip().splitlines()), ""]
         edits = self._edits(module)
+        for statement, name in ((node, name) for node in module.globals for name in node.names):
+            self._claim(module, statement, name, (module.name, name))
         end = 0
-        for node in module.tree.body:
+        for node in module.body:
             start = min([node.lineno, *(item.lineno for item in getattr(node, "decorator_list", []))]) - 1
             if start < end:
                 raise module.error(node, "two statements on one line")
             _append_gap(out, module.lines[end:start])
             end = node.end_lineno or node.lineno
-            out += self._statement_lines(module, node, start, end, edits)
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                out += self._hoist(module, node)
+            elif "__all__" in _bound_names(node):
+                self.exported.update(_literal_names(module, node))
+            elif node is not module.docstring and not self._already_there(module, node):
+                while start < end:
+                    stop, replacement = edits.get(start, (start + 1, [module.lines[start]]))
+                    out += replacement
+                    start = stop
         _append_gap(out, module.lines[end:])
         return out
 
-    def _statement_lines(
-        self, module: _Module, node: ast.stmt, start: int, end: int, edits: dict[int, tuple[int, list[str]]]
-    ) -> list[str]:
-        if node is _docstring_node(module.tree) or node in module.hidden or _is_future(node):
-            return []
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            return self._hoist(module, node)
-        if "__all__" in _bound_names(node):
-            self.exported.update(_literal_names(module, node))
-            return []
-        if self._already_there(module, node):
-            return []
-        lines: list[str] = []
-        while start < end:
-            stop, replacement = edits.get(start, (start + 1, [module.lines[start]]))
-            lines += replacement
-            start = stop
-        return lines
-
     def _hoist(self, module: _Module, node: ast.Import | ast.ImportFrom) -> list[str]:
-        own = module.own_import(node)
+        """Put an import at the top of the file; returns the assignments that take its place."""
+        own = next((own for own in module.imports if own.node is node), None)
         if own:
             assignments, siblings = self._resolve(module, own)
             for source, names in siblings.items():
                 self.from_imports.setdefault(source, set()).update(names)
             return assignments
-        for alias in node.names:
+        for alias in () if _is_future(node) else node.names:
             text = alias.name + (f" as {alias.asname}" if alias.asname else "")
             if isinstance(node, ast.Import):
                 self.plain_imports.add(f"import {text}")
@@ -604,19 +559,21 @@ class _FlatFile:
             self._claim(module, node, alias.asname or path.rpartition(".")[2], ("", path))
         return []
 
-    def _resolve(self, module: _Module, own: _OwnImport) -> tuple[list[str], dict[str, set[str]]]:
+    def _resolve(self, module: _Module, own: _OwnImport) -> tuple[list[str], Dependencies]:
         """Turn an import of our own code into assignments and imports from sibling files."""
         assignments: list[str] = []
-        siblings: dict[str, set[str]] = {}
+        siblings: Dependencies = {}
         for name, alias in own.names:
             source, original = self.graph.origin(module, own, name)
             stem = self.graph.stems[source]
-            known = own.is_eager and self._claim(module, own.node, alias, (source, original))
+            known = own.is_plain and self._claim(module, own.node, alias, (source, original))
             if stem != self.stem:
                 sibling = "." + self.graph.layout.file_name(stem).removesuffix(".py")
                 text = original if alias == original else f"{original} as {alias}"
                 siblings.setdefault(sibling, set()).add(text)
                 continue
+            if not (own.is_plain or own.functions):
+                raise module.error(own.node, f"{source} shares a file with this module and cannot be conditional")
             if any(_rebinds(function, original, own.node) for function in own.functions):
                 raise module.error(own.node, f"{original} is also a local name here and would hide it")
             if alias != original and not known:
@@ -625,122 +582,87 @@ class _FlatFile:
 
     def _edits(self, module: _Module) -> dict[int, tuple[int, list[str]]]:
         """Replacements, by first line, for imports of our own code that stand inside other statements."""
-        edits = {}
-        texts: dict[ast.AST, list[str]] = {}
+        texts: dict[ast.stmt, list[str]] = {}
         for own in module.imports:
-            if own.is_eager:
+            if own.is_plain:
                 continue
-            if self.graph.is_excluded(module, own):
-                texts[own.node] = [f'raise ImportError("{self.graph.exclusion_message(own)}")']
-            else:
-                texts[own.node], siblings = self._resolve(module, own)
-                for source, names in sorted(siblings.items()):
-                    texts[own.node].append(_wrap(f"from {source} import ", sorted(names), ""))
-        for block in _blocks(module.tree):
-            if block and all(texts.get(node) == [] for node in block):
+            if why := self.graph.why_excluded(module, own):
+                texts[own.node] = [f'raise ImportError("{why}")']
+                continue
+            texts[own.node], siblings = self._resolve(module, own)
+            for source, names in sorted(siblings.items()):
+                texts[own.node].append(_wrap(f"from {source} import ", sorted(names), ""))
+        for block in (block for node in module.body for block in _blocks(node)) if texts else ():
+            if all(texts.get(node) == [] for node in block):
                 texts[block[-1]] = ["pass"]
-        for node, text in texts.items():
-            assert isinstance(node, ast.ImportFrom)
-            lines = textwrap.indent("\n".join(text), " " * node.col_offset).splitlines()
-            edits[node.lineno - 1] = (node.end_lineno or node.lineno, lines)
-        return edits
+        return {
+            node.lineno - 1: (
+                node.end_lineno or node.lineno,
+                textwrap.indent("\n".join(text), " " * node.col_offset).splitlines(),
+            )
+            for node, text in texts.items()
+        }
 
     def _already_there(self, module: _Module, node: ast.stmt) -> bool:
         """Claim what a statement binds; True if an earlier module has the very same definition."""
         names = sorted(_bound_names(node) - {"_"})
-        syntax = ast.dump(node) if _is_mergeable(node) else ""
-        known = [self._claim(module, node, name, (module.name, name), syntax) for name in names]
+        known = [self._claim(module, node, name, (module.name, name)) for name in names]
         return bool(known) and all(known)
 
-    def _claim(
-        self, module: _Module, node: ast.stmt, name: str, meaning: tuple[str, str], syntax: str = ""
-    ) -> bool:
+    def _claim(self, module: _Module, node: ast.stmt, name: str, meaning: tuple[str, str]) -> bool:
         """Bind a name in the file; True if it already means the same, an error if it means something else."""
         meaning = self.merged.get(meaning, meaning)
         owner = self.owners.get(name)
         if owner is None or (owner.module is module and owner.meaning != meaning):
-            self.owners[name] = _Owner(module, node, meaning, syntax)
+            self.owners[name] = _Owner(module, node, meaning)
             return False
         if owner.meaning == meaning:
             return owner.module is not module
-        if syntax and owner.syntax == syntax:
+        if _is_mergeable(node) and ast.dump(node) == ast.dump(owner.node):
             self.merged[meaning] = owner.meaning
             return True
-        raise module.error(
-            node,
-            f"{name} means something else in {owner.module.label}:{owner.node.lineno}, and both modules go "
-            f"into {self.own_name}; rename one of them",
-        )
+        place = f"{owner.module.label}:{owner.node.lineno}"
+        reason = f"means something else in {place}, and both modules go into {self.own_name}; rename one of them"
+        raise module.error(node, f"{name} {reason}")
 
     def _check_builtins(self) -> None:
         for name in sorted(set(self.owners).intersection(dir(builtins))):
-            for module in self.modules:
-                uses = (n for n in ast.walk(module.tree) if isinstance(n, ast.Name) and n.id == name)
-                use = next(uses, None)
-                if use and name not in module.bound:
-                    owner = self.owners[name].module.label
-                    raise module.error(use, f"{name} would no longer be the built-in one, because of {owner}")
+            for module in (module for module in self.modules if name not in module.bound):
+                for use in (node for statement in module.body for node in ast.walk(statement)):
+                    if isinstance(use, ast.Name) and use.id == name:
+                        owner = self.owners[name].module.label
+                        raise module.error(use, f"{name} would no longer be the built-in one, because of {owner}")
 
 
-# ---- small questions about syntax ----
-
-
-def _prefixes(module: str) -> Iterator[str]:
-    """``a.b.c``, ``a.b``, ``a``."""
-    parts = module.split(".")
-    for length in range(len(parts), 0, -1):
-        yield ".".join(parts[:length])
+def _prefixes(module: str) -> list[str]:
+    """``a.b.c`` gives ``a``, ``a.b``, ``a.b.c``."""
+    return list(itertools.accumulate(module.split("."), "{}.{}".format))
 
 
 def _mark(root: str) -> str:
     return f"# Generated from {root} "
 
 
-def _version(package: Traversable, root: str) -> str:
-    start = package / "__init__.py"
-    for node in ast.parse(start.read_text(encoding="utf-8")).body if start.is_file() else ():
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__":
-            with contextlib.suppress(ValueError):
-                return str(ast.literal_eval(node.value))
-    try:
-        return importlib.metadata.version(root)
-    except importlib.metadata.PackageNotFoundError:
-        return "of unknown version"
-
-
-def _docstring_node(tree: ast.Module) -> ast.stmt | None:
-    return tree.body[0] if ast.get_docstring(tree) is not None else None
-
-
 def _is_future(node: ast.stmt) -> bool:
     return isinstance(node, ast.ImportFrom) and node.module == "__future__"
 
 
-def _has_future_annotations(tree: ast.Module) -> bool:
-    return any(_is_future(node) and "annotations" in _bound_names(node) for node in tree.body)
+def _is_type_checking(node: ast.AST) -> TypeGuard[ast.If]:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
 def _imports_by_text(call: ast.Call, root: str) -> bool:
-    name = ast.unparse(call.func).rpartition(".")[2]
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     value = call.args[0].value if call.args and isinstance(call.args[0], ast.Constant) else ""
     return name in ("import_module", "__import__") and str(value).split(".")[0] in ("", root)
 
 
-def _stands_alone(lines: list[str], node: ast.ImportFrom) -> bool:
-    before = lines[node.lineno - 1].encode()[: node.col_offset].strip()
-    after = lines[(node.end_lineno or node.lineno) - 1].encode()[node.end_col_offset :].strip()
-    return not before and (not after or after.startswith(b"#"))
-
-
 def _bound_names(node: ast.AST) -> set[str]:
-    """Names that a statement binds in its own scope, or in the module by ``global`` inside a function."""
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        inner = (item for item in ast.walk(node) if isinstance(item, ast.Global))
-        return {node.name, *(name for item in inner for name in item.names)}
-    if isinstance(node, ast.Import):
+    """Names that a statement binds in its own scope."""
+    if isinstance(node, _DEFINITIONS):
+        return {node.name}
+    if isinstance(node, ast.Import | ast.ImportFrom):
         return {alias.asname or alias.name.split(".")[0] for alias in node.names}
-    if isinstance(node, ast.ImportFrom):
-        return {alias.asname or alias.name for alias in node.names}
     if isinstance(node, ast.Name):
         return {node.id} if isinstance(node.ctx, ast.Store) else set()
     if isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp | ast.Lambda):
@@ -750,45 +672,45 @@ def _bound_names(node: ast.AST) -> set[str]:
 
 def _rebinds(function: ast.AST, name: str, own: ast.ImportFrom) -> bool:
     """Say whether a function binds ``name`` in another way than by imports like ``own``."""
+    binding = (ast.Name, ast.Import, ast.ImportFrom, *_DEFINITIONS)
     for node in ast.walk(function):
         if node is function or (isinstance(node, ast.ImportFrom) and node.module == own.module):
             continue
-        if isinstance(node, ast.arg) and node.arg == name:
-            return True
-        if isinstance(node, _BINDING) and name in _bound_names(node):
+        if name in (_bound_names(node) if isinstance(node, binding) else (getattr(node, "arg", None),)):
             return True
     return False
 
 
-def _blocks(tree: ast.Module) -> Iterator[list[ast.stmt]]:
-    for node in ast.walk(tree):
+def _blocks(statement: ast.stmt) -> Iterator[list[ast.stmt]]:
+    """Every indented block of a statement."""
+    for node in ast.walk(statement):
         for name in ("body", "orelse", "finalbody"):
             block = getattr(node, name, None)
-            if isinstance(block, list):
+            if block and isinstance(block, list):
                 yield block
 
 
 def _literal_names(module: _Module, node: ast.stmt) -> list[str]:
-    if isinstance(node, ast.Assign) and len(node.targets) == 1:
-        with contextlib.suppress(ValueError):
-            return [str(name) for name in ast.literal_eval(node.value)]
-    raise module.error(node, "__all__ must be one assignment of a list of strings")
+    try:
+        return [str(name) for name in ast.literal_eval(getattr(node, "value", None) or "")]
+    except ValueError as error:
+        raise module.error(node, "__all__ must be one assignment of a list of strings") from error
 
 
 def _is_mergeable(node: ast.AST) -> bool:
     """Say whether one statement can stand for two equal ones: it makes nothing that the two would share."""
     if isinstance(node, ast.Try | ast.If | ast.ExceptHandler):
-        children = [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr)]
-        return all(_is_mergeable(child) for child in children)
+        return all(_is_mergeable(child) for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr))
     if isinstance(node, ast.Assign | ast.AnnAssign):
         if isinstance(node.value, ast.Call):
             return ast.unparse(node.value.func).rpartition(".")[2] in _HARMLESS_CALLS
         return not any(isinstance(part, (ast.Call, *_DISPLAYS)) for part in ast.walk(node.value or node))
-    definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    return isinstance(node, definition | ast.Import | ast.ImportFrom | ast.Pass)
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return not any(isinstance(part, _DISPLAYS) for part in ast.walk(node.args))  # mutable defaults
+    return isinstance(node, ast.Import | ast.ImportFrom | ast.Pass)
 
 
-def _append_gap(out: list[str], lines: Sequence[str]) -> None:
+def _append_gap(out: list[str], lines: list[str]) -> None:
     """Copy the comments and blank lines between two statements, never more than two blank lines in a row."""
     for line in lines:
         if not line.startswith("# SPDX-License-Identifier") and (line.strip() or out[-2:] != ["", ""]):
