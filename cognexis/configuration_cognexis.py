@@ -288,7 +288,9 @@ class CognexisConfig(PreTrainedConfig):
                 path="num_hidden_layers",
                 value=value,
             )
-        self.__dict__["_loop_cap"] = None if loops >= (self.kv_slots or 1) else loops
+        self.__dict__.pop("_loop_cap", None)
+        if loops < (self.kv_slots or 1):
+            self.__dict__["_loop_cap"] = loops
 
     @property
     def layer_types(self) -> list[str]:
@@ -469,7 +471,7 @@ class CognexisConfig(PreTrainedConfig):
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write ``config.json`` and, from the package, the code that lets others load the folder without it."""
         if self._code_writer is not None:
-            type(self)._code_writer(save_directory)
+            type(self)._code_writer(save_directory, self)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 

@@ -141,7 +141,7 @@ def architecture_faults(values: dict[str, Any], only: set[str] | None = None) ->
     if only is not None:
         return faults + (_rope_faults(v | {"head_dim": None}) if "rope_parameters" in only else [])
     if faults:
-        return faults + _rope_faults(v)  # the rules below divide by and compare these values
+        return faults + _rope_faults(v | {"head_dim": None})  # the rules below divide by and compare these values
 
     heads, kv = v["num_attention_heads"], v["num_key_value_heads"]
     rule(

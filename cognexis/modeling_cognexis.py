@@ -38,6 +38,7 @@ from cognexis.decoder.generation import LoopedGenerationMixin
 from cognexis.decoder.inputs import (
     check_attention_mask,
     check_inputs_embeds,
+    check_mask_type,
     check_position_shape,
     check_positions,
     check_token_ids,
@@ -225,6 +226,7 @@ class CognexisModel(CognexisPreTrainedModel):
         self._require_maskable_attention()
         hidden_states = self._embed(input_ids, inputs_embeds)
         batch_size, length = hidden_states.shape[:2]
+        check_mask_type(attention_mask)
         check_position_shape(position_ids, batch_size, length)
         documents = self._documents(
             batch_size, length, document_ids, position_ids, attention_mask, past_key_values, kwargs
@@ -294,7 +296,7 @@ class CognexisModel(CognexisPreTrainedModel):
             check_inputs_embeds(inputs_embeds, self.config.hidden_size)
         elif input_ids is not None:
             check_token_ids(input_ids, self.config.vocab_size)
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids.long())
         scale = self.config.embedding_scale
         return self.embedding_dropout(inputs_embeds if scale == 1.0 else inputs_embeds * scale)
 
@@ -328,7 +330,8 @@ class CognexisModel(CognexisPreTrainedModel):
         if torch.compiler.is_compiling() or (isinstance(past, Tensor) and past.device.type != "cpu"):
             return ()
         keys = (int(past) + length,)
-        return keys if past_key_values is None else (*keys, past_key_values.get_max_length())
+        has_layers = past_key_values is not None and len(past_key_values.layers) > 0
+        return (*keys, past_key_values.get_max_length()) if has_layers else keys
 
     def _positions(
         self,
@@ -342,8 +345,8 @@ class CognexisModel(CognexisPreTrainedModel):
         if documents is not None and self.config.document_boundary_attention:
             return document_positions(documents)
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            counted = attention_mask.long().cumsum(-1) - 1
-            return counted.masked_fill(attention_mask == 0, 0)[:, -length:].to(device)
+            is_real = attention_mask != 0
+            return (is_real.long().cumsum(-1) - 1).masked_fill(~is_real, 0)[:, -length:].to(device)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         return (torch.arange(length, device=device) + past).unsqueeze(0)
 
@@ -435,7 +438,8 @@ class CognexisForCausalLM(CognexisPreTrainedModel, LoopedGenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, loss_mask=loss_mask, **kwargs
             )
-            if self.training and not torch.compiler.is_compiling() and not bool(torch.isfinite(loss)):
+            is_readable = self.training and not torch.compiler.is_compiling() and not loss.is_meta
+            if is_readable and not bool(torch.isfinite(loss)):
                 raise NonFiniteError(f"loss: {loss.item()} after {outputs.loop_counts[0].item()} loops")
         return CognexisCausalLMOutput(
             loss=loss,

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     **{part: {*_TO_MODEL, *_BESIDE_MODEL} for part in _RING},
     "cli": {*_TO_MODEL, *_BESIDE_MODEL, *_RING},
     "__main__": {*_TO_MODEL, *_BESIDE_MODEL, *_RING, "cli"},
-    "__init__": {"errors", "configuration_cognexis", "modeling_cognexis", "tokenization_cognexis", "hub"},
+    "__init__": {"errors", "configuration_cognexis", "decoder", "modeling_cognexis", "tokenization_cognexis", "hub"},
 }
 # Where a part may import one module of another part only.
 ONLY_MODULE = {(part, "cortex_layers"): "cortex_layers.config" for part in _CONFIGURATION}

@@ -27,10 +27,11 @@ LICENCE = "PSF-2.0"
 PACKAGE = "Python standard library"
 
 _EXCLUDED_FOLDERS = frozenset(
-    ("site-packages", "dist-packages", "__pycache__")
-    + ("test", "tests")
-    + ("encodings", "pydoc_data")  # generated tables
-    + ("distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtledemo")  # packaged separately
+    (
+        *("site-packages", "dist-packages", "__pycache__", "test", "tests"),
+        *("encodings", "pydoc_data"),  # generated tables
+        *("distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtledemo"),  # packaged separately
+    )
 )
 _EXCLUDED_PREFIXES = ("config-", "_sysconfigdata", "_sysconfig_vars")  # written when Python was built
 _EXCLUDED_FILES = frozenset(("html/entities.py", "stringprep.py", "sitecustomize.py", "turtle.py"))

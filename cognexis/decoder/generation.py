@@ -21,13 +21,13 @@ from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, Generat
 
 from cognexis.configuration_rules import nearest_name
 from cognexis.decoder.cache import CognexisCache
-from cognexis.decoder.inputs import check_token_ids
 from cognexis.decoder.masks import build_masks
-from cognexis.decoder.request_checks import check_generation_values, check_lengths, check_prompt
-from cognexis.errors import InvalidConfigError, NonFiniteError
+from cognexis.decoder.request_checks import check_generation_values, check_lengths, check_prompt, check_prompts
+from cognexis.errors import InvalidConfigError, NonFiniteError, ShapeMismatchError
 from cognexis.looping.options import LOOP_KEYWORDS, resolve_loop_options
 from cognexis.looping.trace import LoopRecorder
 
+_LOOP_SETTINGS = tuple(name for name in LOOP_KEYWORDS if name != "return_loop_stats")
 _REFUSED_MODES = {
     GenerationMode.CONTRASTIVE_SEARCH: "it branches the cache for every candidate, which is untested with loop slots",
     GenerationMode.GROUP_BEAM_SEARCH: "its code is no longer part of transformers",
@@ -46,7 +46,7 @@ class CognexisGenerateOutput(GenerateDecoderOnlyOutput):
         halt_reasons: per row, why the loops of each new token stopped.
         stop_reasons: per row, why generation stopped: "eos_token", "max_new_tokens", "stop_string",
             "budget_exhausted" (``max_time``) or "cancelled" (a stopping criterion of the caller).
-        budget_used: ``[B]`` core applications over all passes of the row through this model (drafts not counted).
+        budget_used: ``[B]`` core applications up to the row's last token, drafts by this model included.
         loop_diagnostics: bounds, mode and whether the run went beyond the trained depth.
     """
 
@@ -72,39 +72,52 @@ class CognexisGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
 
 @dataclass(frozen=True)
 class StopSettings:
-    """What may end a row before its length limit: end tokens, stop strings, a time limit in seconds."""
+    """What may end a row before its length limit: end tokens, stop strings, a time limit, a caller's criteria."""
 
     eos_ids: list[int]
     has_stop_strings: bool
     max_time: float | None
+    has_criteria: bool
+    pad_token_id: int | None
 
 
 class FiniteLogits(LogitsProcessor):
-    """Stops a generation whose logits are not finite, instead of emitting token 0.
+    """Stops a generation whose logits are unusable, instead of emitting token 0.
 
-    In host memory the fault is raised at once; elsewhere a flag is kept on the device and read at the end, so that
-    no token waits for it.
+    It stands before and after the caller's processors. In host memory a fault is raised at once; elsewhere a flag is
+    kept on the device and read at the end, so that no token waits for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
         self.is_finite: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        is_finite = ~(torch.isnan(scores).any() | torch.isposinf(scores).any() | torch.isneginf(scores).all())
+        if scores.shape != (input_ids.shape[0], self.vocab_size):
+            raise ShapeMismatchError(
+                f"scores must have shape {(input_ids.shape[0], self.vocab_size)} after every logits processor, got "
+                f"{tuple(scores.shape)}",
+                expected=(input_ids.shape[0], self.vocab_size),
+                actual=tuple(scores.shape),
+            )
+        is_broken = torch.isnan(scores).any() | torch.isposinf(scores).any()
+        hides_all = torch.isneginf(scores).all(dim=-1).any()
+        is_finite = ~(is_broken | hides_all)
         self.is_finite = is_finite if self.is_finite is None else self.is_finite & is_finite
         if scores.device.type == "cpu":
             self.require()
         return scores
 
     def require(self) -> None:
-        """Raise if any step so far had non-finite logits.
+        """Raise if any step so far had unusable logits.
 
         Raises:
-            NonFiniteError: it had.
+            NonFiniteError: NaN, infinity, or a row in which every token is ruled out.
         """
         if self.is_finite is not None and not bool(self.is_finite):
             raise NonFiniteError(
-                "logits: NaN or infinity while generating; the weights or the loop count are unstable"
+                "logits: NaN, infinity or no possible token while generating; the weights, the loop count or a logits "
+                "processor is at fault"
             )
 
 
@@ -139,7 +152,7 @@ class LoopedGenerationMixin(_GenerationMixin):
             NonFiniteError: the logits are NaN or infinite.
         """
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
-        check_prompt(self.config, prompt, kwargs.get("inputs_embeds"), kwargs.get("attention_mask"))
+        check_prompt(self.config, prompt, kwargs)
         check_generation_values(self.config, kwargs)
         stats = kwargs.pop("return_loop_stats", None)
         if stats is None:
@@ -167,21 +180,30 @@ class LoopedGenerationMixin(_GenerationMixin):
             value = kwargs.get(name)
             return _first_set(name, generation_config, self.generation_config) if value is None else value
 
-        return StopSettings(_as_ids(setting("eos_token_id")), bool(setting("stop_strings")), setting("max_time"))
+        pad = _as_ids(setting("pad_token_id"))
+        eos_ids, has_criteria = _as_ids(setting("eos_token_id")), bool(kwargs.get("stopping_criteria"))
+        pad_token_id = pad[0] if pad else None
+        return StopSettings(eos_ids, bool(setting("stop_strings")), setting("max_time"), has_criteria, pad_token_id)
 
     def _generate(self, inputs: Any, generation_config: Any, kwargs: dict[str, Any]) -> Any:
         """Run transformers' generate with a finiteness check among the logits processors."""
-        guard = FiniteLogits()
+        before, after = FiniteLogits(self.config.vocab_size), FiniteLogits(self.config.vocab_size)
         if not callable(kwargs.get("custom_generate")):
-            kwargs = kwargs | {"logits_processor": [guard, *(kwargs.get("logits_processor") or [])]}
-        result = super().generate(inputs, generation_config=generation_config, **kwargs)
-        guard.require()
+            kwargs = kwargs | {"logits_processor": [before, *(kwargs.get("logits_processor") or []), after]}
+        cap = self.config.loop_cap
+        try:
+            result = super().generate(inputs, generation_config=generation_config, **kwargs)
+        finally:  # early-exit drafting lowers the cap and does not restore it when it is interrupted
+            self.config.__dict__.pop("_loop_cap", None)
+            if cap is not None:
+                self.config.__dict__["_loop_cap"] = cap
+        before.require()
+        after.require()
         return result
 
     def _loop_options(self, generation_config: Any, kwargs: dict[str, Any]) -> Any:
-        names = [n for n in LOOP_KEYWORDS if n != "return_loop_stats"]
-        values = {n: kwargs.get(n) for n in names}
-        for name in names:
+        values = {n: kwargs.get(n) for n in _LOOP_SETTINGS}
+        for name in _LOOP_SETTINGS:
             if values[name] is None:
                 values[name] = _first_set(name, generation_config, self.generation_config)
         return resolve_loop_options(self.config, **values)
@@ -219,7 +241,15 @@ class LoopedGenerationMixin(_GenerationMixin):
         if any("num_key_value_heads" in o or "num_attention_heads" in o for o in overrides):
             raise InvalidConfigError("generate_batch: the paged cache needs equal head counts in all stages")
         options = self._loop_options(generation_config, kwargs)
+        if options.num_loops > self.config.kv_slots:
+            raise InvalidConfigError(
+                f"num_loops={options.num_loops}: the paged cache has kv_slots={self.config.kv_slots} loops",
+                path="num_loops",
+                value=options.num_loops,
+            )
+        check_prompts(self.config, inputs, generation_config or self.generation_config, kwargs)
         kwargs = {k: v for k, v in kwargs.items() if k not in LOOP_KEYWORDS}
+        self._refuse_unknown(kwargs, inspect.signature(super().generate_batch).parameters)
         with self._default_loops(options.num_loops):
             return super().generate_batch(inputs, generation_config, **kwargs)
 
@@ -233,15 +263,17 @@ class LoopedGenerationMixin(_GenerationMixin):
             value = getattr(generation_config, name, None) if value is None else value
             if value is not None and name != "return_loop_stats":
                 model_kwargs[name] = value
-        resolve_loop_options(self.config, **{k: v for k, v in model_kwargs.items() if k in LOOP_KEYWORDS})
+        resolve_loop_options(self.config, **{k: v for k, v in model_kwargs.items() if k in _LOOP_SETTINGS})
         check_generation_values(self.config, generation_config.to_dict(), resolved=True)
         if generation_config.temperature == 0:  # no randomness left: the most likely token
             generation_config.do_sample, generation_config.temperature = False, 1.0
         early_exit = generation_config.assistant_early_exit
-        if early_exit is not None and not self.config.first_loop_slot < early_exit <= self.config.num_hidden_layers:
+        is_slot = isinstance(early_exit, int) and not isinstance(early_exit, bool)
+        exits = is_slot and self.config.first_loop_slot < early_exit <= self.config.num_hidden_layers
+        if early_exit is not None and not exits:
             first = self.config.first_loop_slot + self.config.num_recurrent_blocks
             raise InvalidConfigError(
-                f"assistant_early_exit={early_exit}: must be a number of slots from {first} (one loop) to "
+                f"assistant_early_exit={early_exit!r}: must be a number of slots from {first} (one loop) to "
                 f"{self.config.num_hidden_layers}",
                 path="assistant_early_exit",
                 value=early_exit,
@@ -257,6 +289,14 @@ class LoopedGenerationMixin(_GenerationMixin):
                 "repository of its own; pass custom_generate= to run it all the same)"
             )
         return super()._get_deprecated_gen_repo(generation_mode, trust_remote_code, custom_generate)
+
+    @staticmethod
+    def _refuse_unknown(kwargs: dict[str, Any], parameters: Any) -> None:
+        """Raise for a keyword that neither an engine nor a generation config knows."""
+        known = {*parameters, *GenerationConfig().to_dict(), *LOOP_KEYWORDS} - {"kwargs"}
+        for name in kwargs:
+            if name not in known:
+                raise InvalidConfigError(f"unknown argument {name!r}{nearest_name(name, known)}", path=name)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         known = {
@@ -280,6 +320,15 @@ class LoopedGenerationMixin(_GenerationMixin):
             raise InvalidConfigError(
                 "use_mtp: the model has no multi-token prediction head", path="use_mtp", value=True
             )
+        assistant = mode_kwargs.get("assistant_model")
+        if assistant is not None and "assistant_tokenizer" not in mode_kwargs:
+            vocab_size = assistant.config.get_text_config().vocab_size
+            if vocab_size != self.config.vocab_size:
+                raise InvalidConfigError(
+                    f"assistant_model: its vocab_size={vocab_size} differs from {self.config.vocab_size}; pass "
+                    "tokenizer= and assistant_tokenizer= to translate",
+                    path="assistant_model",
+                )
         super()._validate_generation_mode(generation_mode, generation_config, mode_kwargs)
 
     def _validate_generated_length(self, generation_config: Any, input_ids_length: int, *args: Any) -> None:
@@ -296,8 +345,6 @@ class LoopedGenerationMixin(_GenerationMixin):
     ) -> None:
         if (recorder := model_kwargs.get("loop_recorder")) is not None:
             recorder.max_length = generation_config.max_length
-            pad = generation_config._pad_token_tensor
-            recorder.pad_token_id = None if pad is None else int(pad)
         kind = generation_config.cache_implementation
         ours = kind in (None, "dynamic", "offloaded") or kind in ALL_STATIC_CACHE_IMPLEMENTATIONS
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False or not ours:
@@ -306,6 +353,12 @@ class LoopedGenerationMixin(_GenerationMixin):
             )
             return
         offloading = kind is not None and "offloaded" in kind
+        if offloading and self.device.type not in ("cuda", "xpu"):
+            raise InvalidConfigError(
+                f"cache_implementation={kind!r}: offloading needs a GPU, the model is on {self.device.type}",
+                path="cache_implementation",
+                value=kind,
+            )
         if kind in ALL_STATIC_CACHE_IMPLEMENTATIONS:
             # keep the longest length seen, so that a compiled forward is not compiled again for a shorter request
             asked = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
@@ -328,6 +381,9 @@ class LoopedGenerationMixin(_GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As in transformers (which looks for ``inputs_embeds`` by name); ``loop_recorder`` stays out of forward."""
+        if loop_recorder is not None:
+            loops = resolve_loop_options(self.config, **{k: v for k, v in kwargs.items() if k in _LOOP_SETTINGS})
+            loop_recorder.begin_pass((input_ids if inputs_embeds is None else inputs_embeds).shape[0], loops.num_loops)
         return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
     def _update_model_kwargs_for_generation(
@@ -342,7 +398,6 @@ class LoopedGenerationMixin(_GenerationMixin):
         """A draft model runs at its own loop count, so it does not get the loop keywords of this one."""
         assistant = kwargs.get("assistant_model")
         if assistant is not None:
-            check_token_ids(kwargs["input_ids"], assistant.config.get_text_config().vocab_size)
             dropped = (*LOOP_KEYWORDS, "loop_recorder")
             kwargs["model_kwargs"] = {k: v for k, v in kwargs["model_kwargs"].items() if k not in dropped}
         return super()._get_candidate_generator(*args, **kwargs)
@@ -384,14 +439,15 @@ def stop_reason(tokens: list[int], eos_ids: list[int], is_full: bool, has_stop_s
     return "cancelled" if max_time is None else "budget_exhausted"
 
 
-def _row_length(tokens: list[int], eos_ids: list[int], pad_token_id: int | None) -> int:
+def _row_length(tokens: list[int], stops: StopSettings) -> int:
     """New tokens of a row without the padding that follows its end."""
     for index, token in enumerate(tokens):
-        if token in eos_ids:
+        if token in stops.eos_ids:
             return index + 1
     end = len(tokens)
-    while end > 1 and pad_token_id is not None and tokens[end - 1] == pad_token_id:
-        end -= 1
+    if stops.has_stop_strings or stops.has_criteria:  # only these end a row without an end token of its own
+        while end > 1 and tokens[end - 1] == stops.pad_token_id:
+            end -= 1
     return end
 
 
@@ -404,11 +460,10 @@ def _with_loop_stats(
     is_full = recorder.max_length is not None and total >= recorder.max_length
     is_beam = isinstance(result, GenerateBeamDecoderOnlyOutput)
     rows = len(new)
-    lengths = [_row_length(row, stops.eos_ids, recorder.pad_token_id) for row in new]
+    lengths = [_row_length(row, stops) for row in new]
     emitted = torch.tensor([[i < n for i in range(len(new[0]))] for n in lengths])
-    counts, used = recorder.token_loops(len(new[0])).cpu(), recorder.total_loops().cpu()
-    beams = counts.shape[0] // rows  # beams of one prompt stand next to each other
-    counts, used = counts[::beams][:rows] * emitted, used[::beams][:rows]
+    counts = recorder.token_loops(len(new[0])).cpu()
+    counts = counts[:: counts.shape[0] // rows][:rows] * emitted  # beams of one prompt stand next to each other
     depths = config.effective_depth(0) + counts * config.num_recurrent_blocks
     return (CognexisGenerateBeamOutput if is_beam else CognexisGenerateOutput)(
         **result,
@@ -419,7 +474,7 @@ def _with_loop_stats(
             stop_reason(row[:n], stops.eos_ids, is_full and n == len(row), stops.has_stop_strings, stops.max_time)
             for row, n in zip(new, lengths, strict=True)
         ],
-        budget_used=used,
+        budget_used=recorder.total_loops([len(recorder.steps)] * rows if is_beam else lengths),
         loop_diagnostics={
             "loop_mode": options.loop_mode,
             "requested_loops": options.requested_loops,

@@ -65,6 +65,16 @@ def check_inputs_embeds(inputs_embeds: Tensor, hidden_size: int) -> None:
         )
 
 
+def check_mask_type(attention_mask: Any) -> None:
+    """Require a tensor, a block mask, a dictionary of such masks, or None.
+
+    Raises:
+        ShapeMismatchError: anything else.
+    """
+    if attention_mask is not None and not isinstance(attention_mask, dict) and not hasattr(attention_mask, "shape"):
+        raise ShapeMismatchError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}")
+
+
 def check_attention_mask(attention_mask: Any, batch_size: int, heads: int, length: int, keys: tuple[int, ...]) -> None:
     """Require a mask ``[B, past + T]``, a finished mask ``[B or 1, N or 1, T, S]``, or a dictionary of such masks.
 

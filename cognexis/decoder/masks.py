@@ -40,10 +40,13 @@ def find_documents(
     """
     if cu_seq_lens is not None and document_ids is None and seq_idx is None:
         readable = cu_seq_lens.device.type == "cpu" and not torch.compiler.is_compiling()
-        is_row = batch_size == 1 and cu_seq_lens.ndim == 1
-        if not is_row or (readable and (int(cu_seq_lens[0]), int(cu_seq_lens[-1])) != (0, length)):
+        fits = batch_size == 1 and cu_seq_lens.ndim == 1 and cu_seq_lens.numel() > 1
+        if fits and readable:
+            ends = (int(cu_seq_lens[0]), int(cu_seq_lens[-1])) == (0, length)
+            fits = ends and bool((cu_seq_lens[1:] >= cu_seq_lens[:-1]).all())
+        if not fits:
             raise ShapeMismatchError(
-                f"cu_seq_lens must have one axis, run from 0 to {length} and describe a single row; got shape "
+                f"cu_seq_lens must have one axis, rise from 0 to {length} and describe a single row; got shape "
                 f"{tuple(cu_seq_lens.shape)} for a batch of {batch_size} rows",
                 expected=(0, length),
                 actual=tuple(cu_seq_lens.shape),
@@ -161,7 +164,7 @@ def _global_tokens(config: Any, arguments: dict[str, Any], packed_positions: Ten
     attention_mask = arguments["attention_mask"]
     key_positions = packed_positions
     if packed_positions is None and attention_mask is not None and attention_mask.ndim == 2:
-        key_positions = attention_mask.long().cumsum(-1) - 1
+        key_positions = (attention_mask != 0).long().cumsum(-1) - 1
         if (cache := arguments["past_key_values"]) is not None:  # a static cache has keys that are not written yet
             keys = cache.get_mask_sizes(arguments["inputs_embeds"].shape[1], 0)[0]
             key_positions = torch.nn.functional.pad(key_positions, (0, keys - key_positions.shape[1]))

@@ -5,12 +5,17 @@ beams, an empty prompt, a length beyond the last position.
 """
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers.utils import logging
 
-from cognexis.decoder.inputs import check_inputs_embeds, check_token_ids
+from cognexis.decoder.inputs import check_inputs_embeds, check_mask_type, check_position_shape, check_token_ids
 from cognexis.errors import BudgetExceededError, InvalidConfigError, ShapeMismatchError
+
+logger = logging.get_logger(__name__)
 
 MAX_REQUEST_TOKENS = 10**8
 MAX_STOP_STRINGS = 1024
@@ -24,6 +29,7 @@ _INTEGER_RANGES = {  # name: smallest and largest accepted value
     "num_return_sequences": (1, 2**16),
     "top_k": (0, 2**31 - 1),
     "prompt_lookup_num_tokens": (1, 2**16),
+    "prefill_chunk_size": (1, 2**31 - 1),
 }
 _NUMBER_RULES: dict[str, tuple[Any, str]] = {
     "temperature": (lambda x: x >= 0, "finite and 0 or more (0 is greedy)"),
@@ -35,13 +41,20 @@ _NUMBER_RULES: dict[str, tuple[Any, str]] = {
 }
 
 
-def check_prompt(config: Any, input_ids: Any, inputs_embeds: Any, attention_mask: Any) -> None:
-    """Require a non-empty prompt whose mask has its shape and shows at least one token per row.
+def check_prompt(config: Any, input_ids: Any, kwargs: dict[str, Any]) -> None:
+    """Require a non-empty prompt whose mask and positions have its shape, with at least one real token per row.
+
+    Args:
+        config: the model's configuration.
+        input_ids: the prompt, or None.
+        kwargs: the other arguments; ``inputs_embeds``, ``attention_mask``, ``position_ids`` and ``past_key_values``
+            (with a cache, mask and positions may cover earlier tokens too) are read.
 
     Raises:
         ShapeMismatchError, InvalidTokenIdError: wrong shape, dtype or ids.
         InvalidConfigError: nothing to start from, or a row without a real token.
     """
+    inputs_embeds, attention_mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
     if input_ids is None and inputs_embeds is None:
         raise InvalidConfigError(
             "input_ids: a prompt of at least one token is needed (or inputs_embeds)", path="input_ids"
@@ -50,18 +63,27 @@ def check_prompt(config: Any, input_ids: Any, inputs_embeds: Any, attention_mask
         check_inputs_embeds(inputs_embeds, config.hidden_size)
     if input_ids is not None and not (inputs_embeds is not None and input_ids.shape[1] == 0):
         check_token_ids(input_ids, config.vocab_size, any_device=True)
+    prompt: Any = inputs_embeds if input_ids is None or input_ids.shape[1] == 0 else input_ids
+    rows, length = prompt.shape[:2]
+    continues = kwargs.get("past_key_values") is not None
+    positions = kwargs.get("position_ids")
+    if positions is not None and not continues:
+        check_position_shape(positions, rows, length)
+    check_mask_type(attention_mask)
     if attention_mask is None:
         return
-    rows = (input_ids if input_ids is not None and input_ids.shape[1] else inputs_embeds).shape[0]
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or attention_mask.shape[0] != rows:
-        got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+    width = attention_mask.shape[-1] if attention_mask.ndim else 0
+    fits = attention_mask.ndim == 2 and attention_mask.shape[0] == rows
+    if not fits or (width < length if continues else width != length):
         raise ShapeMismatchError(
-            f"attention_mask must have two axes and {rows} rows like the prompt, got {got}",
-            expected=rows,
-            actual=got,
+            f"attention_mask must have two axes, {(rows, length)} like the prompt, got {tuple(attention_mask.shape)}",
+            expected=(rows, length),
+            actual=tuple(attention_mask.shape),
         )
     if not bool((attention_mask != 0).any(dim=1).all()):
         raise InvalidConfigError("attention_mask: a row has no real token", path="attention_mask")
+    if rows == 1 and not bool(attention_mask[0, -1]):  # transformers warns of larger batches itself
+        logger.warning("attention_mask: right-padding was detected; pad on the left for correct generation")
 
 
 def check_generation_values(config: Any, values: dict[str, Any], resolved: bool = False) -> None:
@@ -92,9 +114,10 @@ def check_generation_values(config: Any, values: dict[str, Any], resolved: bool 
             raise InvalidConfigError(f"{name}={value!r}: must be {allowed}", path=name, value=value)
     for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
         value = values.get(name)
-        for token in value if isinstance(value, (list, tuple)) else [value]:
+        several = isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.ndim > 0)
+        for token in value if several else [value]:  # type: ignore[union-attr]
             if isinstance(token, Tensor):
-                continue
+                token = int(token)
             if token is not None and not (isinstance(token, int) and 0 <= token < config.vocab_size):
                 raise InvalidConfigError(
                     f"{name}={token!r}: must be a token id, 0 to {config.vocab_size - 1}",
@@ -102,6 +125,14 @@ def check_generation_values(config: Any, values: dict[str, Any], resolved: bool 
                     value=token,
                 )
     _check_stop_strings(values.get("stop_strings"))
+    sequences, beams = values.get("num_return_sequences") or 1, values.get("num_beams") or 1
+    if resolved and sequences > 1 and not values.get("do_sample") and sequences > beams:
+        raise InvalidConfigError(
+            f"num_return_sequences={sequences}: greedy decoding gives one sequence and beam search at most "
+            f"num_beams={beams}; set do_sample=True for more",
+            path="num_return_sequences",
+            value=sequences,
+        )
 
 
 def _check_stop_strings(stop_strings: Any) -> None:
@@ -148,3 +179,19 @@ def check_lengths(config: Any, generation_config: Any, prompt_length: int) -> No
             f"num_beams or num_return_sequences={sequences} times length {generation_config.max_length} exceeds "
             f"{MAX_REQUEST_TOKENS} tokens in one request"
         )
+
+
+def check_prompts(config: Any, prompts: Any, generation_config: Any, kwargs: dict[str, Any]) -> None:
+    """Check a batch of prompts, each a list of ids, and its sampling values, as ``generate`` would.
+
+    Raises:
+        ShapeMismatchError, InvalidTokenIdError, InvalidConfigError: as for a single prompt.
+    """
+    values = generation_config.to_dict() | kwargs
+    # the engine writes "no end token" as -1
+    check_generation_values(config, {k: v for k, v in values.items() if not (k.endswith("_token_id") and v == -1)})
+    new_tokens = kwargs.get("max_new_tokens") or generation_config.max_new_tokens or 1
+    for prompt in prompts:
+        check_token_ids(torch.tensor([list(prompt)], dtype=torch.long), config.vocab_size)
+        limits = SimpleNamespace(max_length=len(prompt) + new_tokens, num_beams=1, num_return_sequences=1)
+        check_lengths(config, limits, len(prompt))

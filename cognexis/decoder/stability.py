@@ -38,7 +38,7 @@ def require_finite_states(is_finite: Tensor | None) -> None:
     Raises:
         NonFiniteError: names the first loop whose state holds NaN or infinity.
     """
-    if is_finite is None or bool(is_finite.all()):
+    if is_finite is None or is_finite.is_meta or bool(is_finite.all()):
         return
     loop = int((~is_finite).nonzero()[0])
     place = "entering the recurrent core" if loop == 0 else f"after loop {loop}"

@@ -78,9 +78,8 @@ class StepEventStreamer(BaseStreamer):
         if self._prompt_length is None:
             self._prompt_length = value.shape[-1]
             return
-        for token in value.flatten().tolist():
-            self._emit_pending(None)
-            self._tokens.append(token)
+        self._emit_known()  # everything before the new tokens is known not to be the last
+        self._tokens += value.flatten().tolist()
 
     def end(self) -> None:
         """Hand on the last event with the reason why generation stopped."""
@@ -88,14 +87,18 @@ class StepEventStreamer(BaseStreamer):
             length, limit = self._prompt_length + len(self._tokens), self._recorder.max_length
             is_full = limit is not None and length >= limit
             stops = self._stops
-            self._emit_pending(
-                stop_reason(self._tokens, stops.eos_ids, is_full, stops.has_stop_strings, stops.max_time)
-            )
+            reason = stop_reason(self._tokens, stops.eos_ids, is_full, stops.has_stop_strings, stops.max_time)
+            while self._emitted < len(self._tokens):
+                self._emit(reason if self._emitted == len(self._tokens) - 1 else None)
         self._queue.put(None)
 
-    def _emit_pending(self, reason: str | None) -> None:
-        if self._emitted == len(self._tokens):
-            return
+    def _emit_known(self) -> None:
+        """Hand on the events whose loops are recorded; of tokens decoded together the record comes afterwards."""
+        assert self._recorder is not None
+        while self._emitted < min(len(self._tokens), len(self._recorder.steps)):
+            self._emit(None)
+
+    def _emit(self, reason: str | None) -> None:
         assert self._recorder is not None
         loops = int(self._recorder.steps[self._emitted][0])
         event = StepEvent(

@@ -96,7 +96,9 @@ def resolve_loop_options(
             f"loop_mode={mode!r}: must be one of {', '.join(LOOP_MODES)}", path="loop_mode", value=mode
         )
     if allow_extrapolation not in (None, True, False):
-        raise InvalidConfigError(f"allow_extrapolation={allow_extrapolation!r}: must be True or False")
+        raise InvalidConfigError(
+            f"allow_extrapolation={allow_extrapolation!r}: must be True or False", path="allow_extrapolation"
+        )
     low = config.min_loops if min_loops is None else loop_count("min_loops", min_loops)
     high = config.max_loops if max_loops is None else loop_count("max_loops", max_loops)
     if max_loops is not None and high > config.max_loops and not allow_extrapolation:

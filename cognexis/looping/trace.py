@@ -55,26 +55,34 @@ class LoopRecorder:
 
     Attributes:
         steps: one ``[B]`` tensor of loop counts per emitted token.
-        passes: one ``[B]`` tensor per forward pass; assisted decoding verifies several tokens in one.
+        passes: one ``[B]`` tensor per forward pass, chunks of a prompt and drafts by the model itself included.
         max_length: longest sequence that the request allows, prompt included; None before generation starts.
-        pad_token_id: fills rows that have ended, or None.
     """
 
     def __init__(self) -> None:
         self.steps: list[Tensor] = []
         self.passes: list[Tensor] = []
         self.max_length: int | None = None
-        self.pad_token_id: int | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LoopRecorder":
+        """A draft by the same model has steps of its own and counts its passes here."""
+        draft = LoopRecorder()
+        draft.passes = self.passes
+        return draft
+
+    def begin_pass(self, rows: int, num_loops: int) -> None:
+        """Note that a forward pass of ``num_loops`` loops over ``rows`` rows starts."""
+        self.passes.append(torch.full((rows,), num_loops))
 
     def append(self, loop_counts: Tensor, num_new_tokens: int = 1) -> None:
         """Note that the pass just run, with ``loop_counts`` ``[B]``, yields ``num_new_tokens`` tokens per row."""
-        self.passes.append(loop_counts)
         self.steps += [loop_counts] * int(num_new_tokens)
 
     def token_loops(self, num_tokens: int) -> Tensor:
         """Loops ``[B, num_tokens]`` behind each emitted token."""
         return torch.stack(self.steps[:num_tokens], dim=1)
 
-    def total_loops(self) -> Tensor:
-        """Core applications ``[B]`` of each row over all passes."""
-        return torch.stack(self.passes).sum(dim=0)
+    def total_loops(self, lengths: list[int]) -> Tensor:
+        """Core applications of each row, up to the pass that gave its last token; ``lengths`` counts new tokens."""
+        unused = [len(self.steps) - n for n in lengths]
+        return torch.stack([torch.stack(self.passes)[: len(self.passes) - u, 0].sum() for u in unused])

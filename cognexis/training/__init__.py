@@ -1,0 +1,1 @@
+"""Training: jobs, and what they are made of."""
