@@ -88,17 +88,18 @@ class FiniteLogits(LogitsProcessor):
     kept on the device and read at the end, so that no token waits for it.
     """
 
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
+    def __init__(self, before: "FiniteLogits | None" = None) -> None:
+        self.before = before
+        self.shape: tuple[int, ...] = ()
         self.is_finite: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if scores.shape != (input_ids.shape[0], self.vocab_size):
+        self.shape = tuple(scores.shape)
+        if self.before is not None and self.shape != self.before.shape:
             raise ShapeMismatchError(
-                f"scores must have shape {(input_ids.shape[0], self.vocab_size)} after every logits processor, got "
-                f"{tuple(scores.shape)}",
-                expected=(input_ids.shape[0], self.vocab_size),
-                actual=tuple(scores.shape),
+                f"logits_processor: scores must keep the shape {self.before.shape}, got {self.shape}",
+                expected=self.before.shape,
+                actual=self.shape,
             )
         is_broken = torch.isnan(scores).any() | torch.isposinf(scores).any()
         hides_all = torch.isneginf(scores).all(dim=-1).any()
@@ -187,7 +188,8 @@ class LoopedGenerationMixin(_GenerationMixin):
 
     def _generate(self, inputs: Any, generation_config: Any, kwargs: dict[str, Any]) -> Any:
         """Run transformers' generate with a finiteness check among the logits processors."""
-        before, after = FiniteLogits(self.config.vocab_size), FiniteLogits(self.config.vocab_size)
+        before = FiniteLogits()
+        after = FiniteLogits(before)
         if not callable(kwargs.get("custom_generate")):
             kwargs = kwargs | {"logits_processor": [before, *(kwargs.get("logits_processor") or []), after]}
         cap = self.config.loop_cap

@@ -125,14 +125,6 @@ def check_generation_values(config: Any, values: dict[str, Any], resolved: bool 
                     value=token,
                 )
     _check_stop_strings(values.get("stop_strings"))
-    sequences, beams = values.get("num_return_sequences") or 1, values.get("num_beams") or 1
-    if resolved and sequences > 1 and not values.get("do_sample") and sequences > beams:
-        raise InvalidConfigError(
-            f"num_return_sequences={sequences}: greedy decoding gives one sequence and beam search at most "
-            f"num_beams={beams}; set do_sample=True for more",
-            path="num_return_sequences",
-            value=sequences,
-        )
 
 
 def _check_stop_strings(stop_strings: Any) -> None:

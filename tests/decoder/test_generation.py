@@ -410,8 +410,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     *(({"repetition_penalty": v}, "repetition_penalty") for v in (0, -1.0, NAN, INF)),
     *(({"num_beams": v}, "num_beams") for v in (0, -1, True, 2.0, 2**17)),
     *(({"num_return_sequences": v}, "num_return_sequences") for v in (0, -1, 1.5)),
-    ({"num_return_sequences": 3, "num_beams": 2}, "num_return_sequences"),
-    ({"num_return_sequences": 3}, "num_return_sequences"),
     *(({"num_loops": v}, "num_loops") for v in (0, -1, 5, 2.0, NAN, "2", True, 10**9)),
     ({"num_loops": torch.tensor([2])}, "num_loops"),
     ({"num_loops": torch.tensor(2.0)}, "num_loops"),
