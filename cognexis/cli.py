@@ -26,7 +26,7 @@ def _options(
 @app.command()
 def quickstart(
     out: Annotated[Path, typer.Option(help="Folder for the model and the results.")] = Path("runs/quickstart"),
-    minutes: Annotated[float, typer.Option(help="Training time in minutes.")] = 2.5,
+    minutes: Annotated[float, typer.Option(help="Minutes until training ends.")] = 2.5,
     seed: Annotated[int, typer.Option(help="Initial weights, order of the text and loop counts.")] = 0,
 ) -> None:
     """Train a small model on real text, reload it without the package, and compare loop counts."""

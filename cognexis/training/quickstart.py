@@ -110,12 +110,13 @@ def run_quickstart(settings: QuickstartSettings, report: Callable[[str], None] |
 
     model = build_model(tokenizer, settings)
     num_parameters = model.num_parameters()
-    duration = f"{settings.steps} steps" if settings.steps else f"{settings.minutes:g} minutes"
+    seconds = max(1.0, settings.minutes * 60 - sum(clock.seconds.values()))
+    duration = f"{settings.steps} steps" if settings.steps else f"{seconds:.0f} s"
     report(
         f"tokenizer: {len(tokenizer)} ids; {rows.numel():,} training tokens\n"
         f"model: cognexis-tiny, {num_parameters:,} parameters; training for {duration} on the CPU"
     )
-    training = train(model, rows, settings)
+    training = train(model, rows, settings, seconds)
     report(
         f"trained {training.steps} steps, {training.tokens:,} tokens, {training.tokens / training.seconds:,.0f} "
         f"tokens/s on {training.num_threads} threads; loss {training.loss:.3f}; loop count -> steps "

@@ -42,7 +42,7 @@ class QuickstartSettings:
 
     output_dir: Path = Path("runs/quickstart")
     minutes: float = 2.5
-    """Time for the training loop alone."""
+    """Time until training ends, the text and the tokenizer included."""
     seed: int = 0
     """Chooses the initial weights, the order of the rows and the loop counts."""
     steps: int | None = None
@@ -146,19 +146,19 @@ def learning_rate_share(progress: float, warmup_share: float) -> float:
     return warmup * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train(model: CognexisForCausalLM, rows: Tensor, settings: QuickstartSettings) -> TrainingRecord:
-    """Train until the time (or ``steps``) is used up, one step at least. Progress is shown on stderr."""
+def train(model: CognexisForCausalLM, rows: Tensor, settings: QuickstartSettings, seconds: float) -> TrainingRecord:
+    """Train for ``seconds``, or for ``settings.steps`` steps; one step at least. Progress is shown on stderr."""
     start = time.perf_counter()
     num_threads = _choose_threads(model, rows[: settings.rows_per_step])
     optimizer = _optimizer(model, settings)
     batches = row_batches(rows, settings.rows_per_step, settings.seed)
     histogram: Counter[int] = Counter()
     losses: list[float] = []
-    display = _ProgressDisplay(settings.minutes * 60)
+    display = _ProgressDisplay(seconds)
     model.train()
     for step in count():
         elapsed = time.perf_counter() - start
-        progress = step / settings.steps if settings.steps else min(1.0, elapsed / (settings.minutes * 60))
+        progress = step / settings.steps if settings.steps else min(1.0, elapsed / seconds)
         if progress >= 1 and losses:
             break
         num_loops = draw_loops(

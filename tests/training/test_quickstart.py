@@ -123,11 +123,16 @@ def test_training_is_repeatable_when_steps_are_given_and_lowers_the_loss(tokeniz
     for _ in range(2):
         model = build_model(tokenizer, settings)
         before = mean_loss(model, rows[:8], 2)
-        record = train(model, rows, settings)
+        record = train(model, rows, settings, seconds=60)
         assert record.steps == sum(record.loop_histogram.values()) == 12
         runs.append((record.loss, mean_loss(model, rows[:8], 2)))
     assert runs[0] == pytest.approx(runs[1], rel=1e-3)  # another thread count sums in another order
     assert runs[0][1] < before - 0.3
+
+
+def test_training_without_time_takes_one_step(tokenizer, small):
+    rows = pack_rows([TEXT], tokenizer, 32)
+    assert train(build_model(tokenizer, small), rows, replace(small, steps=None), seconds=1e-3).steps == 1
 
 
 def test_loss_is_the_mean_over_all_predicted_tokens(tokenizer, small):
