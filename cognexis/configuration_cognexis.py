@@ -388,6 +388,9 @@ class CognexisConfig(PreTrainedConfig):
         for name, value in derived_fields({f.name: getattr(self, f.name) for f in fields(self)}).items():
             setattr(self, name, value)
         super().__post_init__(**kwargs)
+        if self.input_injection == "attention_memory":
+            memory = {f"recurrent.blocks.*.attention.memory_{p}_proj": "colwise" for p in "kv"}
+            self.__dict__["base_model_tp_plan"] = type(self).base_model_tp_plan | memory
 
     def validate_architecture(self) -> None:
         """Check every rule again; run by ``validate()`` and before saving."""

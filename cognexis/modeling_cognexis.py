@@ -144,11 +144,13 @@ class CognexisPreTrainedModel(PreTrainedModel):
         """Attention memory and global tokens need masks that some attention implementations do not take."""
         implementation = self.config._attn_implementation or ""
         has_memory = self.config.input_injection == "attention_memory"
-        wants_mask = has_memory or self.config.global_tokens > 0
-        if (wants_mask and "flash" in implementation) or (has_memory and implementation == "flex_attention"):
+        takes_masks = implementation in ("", "eager", "sdpa") or (
+            implementation == "flex_attention" and not has_memory
+        )
+        if (has_memory or self.config.global_tokens > 0) and not takes_masks:
             raise InvalidConfigError(
-                f"attn_implementation={implementation!r}: attention memory (flash, flex) and global tokens (flash) "
-                "need masks that it does not take; use sdpa or eager",
+                f"attn_implementation={implementation!r}: attention memory and global tokens need masks that it does "
+                "not take; use sdpa or eager",
                 path="attn_implementation",
                 value=implementation,
             )
@@ -480,8 +482,11 @@ class CognexisForSequenceClassification(CognexisPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        use_cache: bool | None = None,
         num_loops: int | Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
@@ -542,12 +547,18 @@ class CognexisForTokenClassification(CognexisPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         num_loops: int | Tensor | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         """Logits ``[B, T, num_labels]``; the loss when ``labels`` ``[B, T]`` are given (-100 is left out)."""
-        outputs = self.model(input_ids, num_loops=num_loops, **kwargs)
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, num_loops=num_loops, **kwargs
+        )
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else self.loss_function(logits, labels, self.config)
         return TokenClassifierOutput(
@@ -568,13 +579,19 @@ class CognexisForQuestionAnswering(CognexisPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
         num_loops: int | Tensor | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
         """Logits ``[B, T]`` of the start and of the end; the loss when both positions ``[B]`` are given."""
-        outputs = self.model(input_ids, num_loops=num_loops, **kwargs)
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, num_loops=num_loops, **kwargs
+        )
         start, end = (x.contiguous() for x in self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1))
         loss = None
         if start_positions is not None and end_positions is not None:

@@ -221,6 +221,11 @@ class CognexisCache(Cache):
         self.num_loops = None
         self.is_released = True
 
+    @property
+    def max_cache_len(self) -> int:
+        """Tokens per slot of a static cache, 0 for a dynamic one; other libraries ask for it by this name."""
+        return self.capacity
+
     def memory_bytes(self) -> int:
         """Bytes held by all slots."""
         tensors = [t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)]

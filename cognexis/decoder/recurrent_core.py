@@ -180,8 +180,15 @@ class RecurrentCore(nn.Module):
             update = mixed.to(state.dtype)
         return (update if self.closing_norm is None else self.closing_norm(update)), gate
 
-    def _segment(self, state: Tensor, h0: Tensor, loops: range, record: bool, **kwargs: Any) -> tuple[Tensor, ...]:
-        """Run ``loops``; returns their states, then the gate means (flat, as checkpointing wants it)."""
+    def _segment(
+        self, state: Tensor, h0: Tensor, *memory: Tensor, loops: range, record: bool, **kwargs: Any
+    ) -> tuple[Tensor, ...]:
+        """Run ``loops``; returns their states, then the gate means.
+
+        Tensors come in and go out flat, as checkpointing wants them; ``memory`` is a key and a value for each block.
+        """
+        pairs: list[Any] = list(zip(memory[::2], memory[1::2], strict=True)) or [None] * len(self.blocks)
+        kwargs["memories"] = pairs
         states, gates = [], []
         for loop_index in loops:
             state, gate = self.loop(state, h0, loop_index, **kwargs)
@@ -218,7 +225,7 @@ class RecurrentCore(nn.Module):
         self.add_sites(num_loops)
         kwargs |= {"masks": masks, "position_embeddings": position_embeddings, "position_ids": position_ids}
         kwargs["past_key_values"] = past_key_values
-        kwargs["memories"] = self._memories(h0, position_embeddings, past_key_values)
+        memory = self._memory(h0, position_embeddings, past_key_values)
         state = h0 if self.config.recurrent_init == "h0" else self._random_state(h0, position_ids)
         watch = (self.training or record) and not torch.compiler.is_compiling()
         is_finite, norms, gates = [], [], []
@@ -234,7 +241,7 @@ class RecurrentCore(nn.Module):
         wanted = self._wanted_states(num_loops)
         for loops in self._segments(num_loops):
             run = self._runner(loops, num_loops)
-            outputs = run(state, h0, loops=loops, record=record, **kwargs)
+            outputs = run(state, h0, *memory, loops=loops, record=record, **kwargs)
             states = outputs[: len(loops)]
             state = states[-1]
             gates += outputs[len(loops) :]
@@ -250,13 +257,13 @@ class RecurrentCore(nn.Module):
             norms=torch.stack(norms) if record else None,
         )
 
-    def _memories(self, h0: Tensor, position_embeddings: Any, past_key_values: Any) -> list[Any]:
+    def _memory(self, h0: Tensor, position_embeddings: Any, past_key_values: Any) -> list[Tensor]:
+        """Key and value of the attention memory of each block, flat; empty without one."""
         if self.memory_norm is None:
-            return [None] * len(self.blocks)
+            return []
         source = self.memory_norm(h0)
-        if self.training and self.gradient_checkpointing:
-            past_key_values = None
-        return [a.project_memory(source, position_embeddings, past_key_values) for a in self._attentions]
+        cache = None if self._is_checkpointing else past_key_values
+        return [t for a in self._attentions for t in a.project_memory(source, position_embeddings, cache)]
 
     def _random_state(self, h0: Tensor, position_ids: Tensor) -> Tensor:
         if self.training:
@@ -298,16 +305,16 @@ class RecurrentCore(nn.Module):
         if loops.start < self._first_gradient_loop(num_loops):
             return self._without_gradient
         if self._is_checkpointing:
-            return lambda state, h0, **kw: self._gradient_checkpointing_func(
-                partial(self._segment, **kw | {"past_key_values": None}), state, h0
+            return lambda *tensors, **kw: self._gradient_checkpointing_func(
+                partial(self._segment, **kw | {"past_key_values": None}), *tensors
             )
         if self.config.state_retention == "checkpointed" and self.training:
-            return lambda state, h0, **kw: checkpoint(partial(self._segment, **kw), state, h0, use_reentrant=False)
+            return lambda *tensors, **kw: checkpoint(partial(self._segment, **kw), *tensors, use_reentrant=False)
         return self._segment
 
-    def _without_gradient(self, state: Tensor, h0: Tensor, **kwargs: Any) -> Any:
+    def _without_gradient(self, *tensors: Tensor, **kwargs: Any) -> Any:
         with torch.no_grad():
-            result = self._segment(state, h0, **kwargs)
+            result = self._segment(*tensors, **kwargs)
         # Autocast keeps casts made without gradient; reusing them would cut the shared weights off the graph.
         torch.clear_autocast_cache()
         return result
