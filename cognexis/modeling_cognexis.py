@@ -10,7 +10,6 @@ What is unusual: ``config.num_hidden_layers`` counts key/value slots (see ``cach
 Reference: Dehghani et al. 2019, "Universal Transformers"; Geiping et al. 2025, arXiv 2502.05171.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,8 +19,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
@@ -46,6 +43,7 @@ from cognexis.decoder.inputs import (
 from cognexis.decoder.loss import causal_lm_loss
 from cognexis.decoder.masks import build_masks, document_positions, find_documents, with_memory
 from cognexis.decoder.norm import build_norm
+from cognexis.decoder.outputs import CognexisCausalLMOutput, CognexisModelOutput
 from cognexis.decoder.recurrent_core import CoreOutput, LoopState, RecurrentCore
 from cognexis.decoder.rope import CognexisRotaryEmbedding
 from cognexis.decoder.stability import require_finite_states, residual_scale_report
@@ -54,35 +52,8 @@ from cognexis.looping.options import LoopOptions, refuse_misspelt, resolve_loop_
 from cognexis.looping.trace import LoopDiagnostics
 
 
-@dataclass
-class CognexisModelOutput(BaseModelOutputWithPast):
-    """Output of the body.
-
-    Attributes:
-        last_hidden_state: ``[B, T, H]``, after the final norm: what the head consumes.
-        loop_counts: ``[B]`` loops run.
-        effective_depth: ``[B]`` blocks passed.
-        loop_states: states kept by ``config.state_retention``, each ``[B, T, H]``.
-        halt_reasons: why each row stopped; with ``return_loop_stats`` only.
-        loop_diagnostics: measurements by loop; with ``return_loop_stats`` only.
-    """
-
-    loop_counts: Tensor | None = None
-    effective_depth: Tensor | None = None
-    loop_states: tuple[Tensor, ...] | None = None
-    halt_reasons: list[str] | None = None
-    loop_diagnostics: LoopDiagnostics | None = None
-
-
-@dataclass
-class CognexisCausalLMOutput(CausalLMOutputWithPast):
-    """Output of the language model: ``loss``, ``logits`` ``[B, T, V]`` and the loop fields of the body."""
-
-    loop_counts: Tensor | None = None
-    effective_depth: Tensor | None = None
-    loop_states: tuple[Tensor, ...] | None = None
-    halt_reasons: list[str] | None = None
-    loop_diagnostics: LoopDiagnostics | None = None
+class EmbeddingOutput(nn.Dropout):
+    """Dropout on the embeddings; its output is the first of the recorded hidden states."""
 
 
 class CognexisPreTrainedModel(PreTrainedModel):
@@ -99,7 +70,11 @@ class CognexisPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _supports_attention_backend = True
     _can_record_outputs = {
-        "hidden_states": [OutputRecorder(CognexisBlock), OutputRecorder(LoopState)],
+        "hidden_states": [
+            OutputRecorder(EmbeddingOutput, capture_initial_hidden_state=False),
+            OutputRecorder(CognexisBlock, capture_initial_hidden_state=False),
+            OutputRecorder(LoopState, capture_initial_hidden_state=False),
+        ],
         "attentions": OutputRecorder(AttentionSite, index=1),
     }
 
@@ -162,7 +137,7 @@ class CognexisModel(CognexisPreTrainedModel):
     def __init__(self, config: CognexisConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.embedding_dropout = EmbeddingOutput(config.embedding_dropout)
         self.rotary_emb = CognexisRotaryEmbedding(config)
         self.prelude = BlockStack(config, "prelude", first_slot=0)
         self.recurrent = RecurrentCore(config)

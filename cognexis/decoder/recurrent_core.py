@@ -225,7 +225,8 @@ class RecurrentCore(nn.Module):
         self.add_sites(num_loops)
         kwargs |= {"masks": masks, "position_embeddings": position_embeddings, "position_ids": position_ids}
         kwargs["past_key_values"] = past_key_values
-        memory = self._memory(h0, position_embeddings, past_key_values)
+        memories = self._memories(h0, position_embeddings, past_key_values)
+        memory = [tensor for pair in memories if pair is not None for tensor in pair]
         state = h0 if self.config.recurrent_init == "h0" else self._random_state(h0, position_ids)
         watch = (self.training or record) and not torch.compiler.is_compiling()
         is_finite, norms, gates = [], [], []
@@ -257,13 +258,13 @@ class RecurrentCore(nn.Module):
             norms=torch.stack(norms) if record else None,
         )
 
-    def _memory(self, h0: Tensor, position_embeddings: Any, past_key_values: Any) -> list[Tensor]:
-        """Key and value of the attention memory of each block, flat; empty without one."""
+    def _memories(self, h0: Tensor, position_embeddings: Any, past_key_values: Any) -> list[Any]:
+        """Key and value of the attention memory of each block; None for each without one."""
         if self.memory_norm is None:
-            return []
+            return [None] * len(self.blocks)
         source = self.memory_norm(h0)
         cache = None if self._is_checkpointing else past_key_values
-        return [t for a in self._attentions for t in a.project_memory(source, position_embeddings, cache)]
+        return [a.project_memory(source, position_embeddings, cache) for a in self._attentions]
 
     def _random_state(self, h0: Tensor, position_ids: Tensor) -> Tensor:
         if self.training:
