@@ -208,6 +208,9 @@ class CognexisCache(Cache):
     def reset(self) -> None:
         """Empty every slot and forget the loop count; the cache can then serve another request."""
         self._require_live()
+        for layer in self.layers if self.cache_type == "dynamic" else ():
+            layer.keys = layer.values = None  # slots that grow are dropped: zeroed ones would still count as tokens
+            layer.is_initialized = False
         super().reset()
         self.num_loops = None
 
