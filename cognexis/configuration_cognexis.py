@@ -27,14 +27,16 @@ from cognexis.configuration_rules import (
     HARD_MAX_LOOPS,
     STAGES,
     architecture_faults,
+    code_map_faults,
     config_error,
     derived_fields,
     nearest_name,
+    read_json_file,
     swiglu_width,
     type_faults,
     unknown_key_fault,
 )
-from cognexis.errors import InvalidConfigError
+from cognexis.errors import ConfigFault, InvalidConfigError
 
 logger = logging.get_logger(__name__)
 
@@ -371,16 +373,14 @@ class CognexisConfig(PreTrainedConfig):
     @property
     def auto_map(self) -> dict[str, str]:
         """Where the Auto classes find the code that travels with a saved model; absent on a config without a home."""
-        if (stored := self.__dict__.get("_auto_map")) is not None:
-            return stored
         if self._code_writer is not None and not self.name_or_path:
             raise AttributeError("auto_map: this configuration was not loaded from a folder that carries code")
         return dict(AUTO_MAP)
 
     @auto_map.setter
     def auto_map(self, value: dict[str, str] | None) -> None:
-        if value is not None and any("--" in target for target in value.values()):
-            self.__dict__["_auto_map"] = dict(value)  # points to another repository
+        if value is not None and (faults := code_map_faults(value)):
+            raise config_error(faults)
 
     # -- construction --------------------------------------------------------------------------------------------
 
@@ -395,7 +395,7 @@ class CognexisConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Check every rule again; run by ``validate()`` and before saving."""
         names = (*_ALWAYS_DERIVED, "rope_parameters")
-        if unset := [f"{name}=None: must have a value" for name in names if getattr(self, name) is None]:
+        if unset := [ConfigFault(name, None, "must have a value") for name in names if getattr(self, name) is None]:
             raise config_error(unset)
         if faults := architecture_faults({f.name: getattr(self, f.name) for f in fields(self)}):
             raise config_error(faults)
@@ -440,6 +440,8 @@ class CognexisConfig(PreTrainedConfig):
         ``kwargs`` that name our fields replace the stored values before anything is checked.
         """
         config_dict = dict(config_dict)
+        if faults := code_map_faults(config_dict.get("auto_map") or {}):
+            raise config_error(faults)
         known = _known_keys(cls)
         own = {f.name for f in fields(cls)} | set(cls.attribute_map)
         for key in [k for k in kwargs if k in own and k != "dtype"]:
@@ -459,11 +461,14 @@ class CognexisConfig(PreTrainedConfig):
                 config.__dict__[key] = value
         return result
 
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+        return cls._decode_special_floats(read_json_file(json_file))
+
     def to_dict(self) -> dict[str, Any]:
         """All stored fields; the code map is always complete, run-time state is left out."""
         output = super().to_dict()
-        for private in ("_loop_cap", "_auto_map"):
-            output.pop(private, None)
+        output.pop("_loop_cap", None)
         output["auto_map"] = dict(AUTO_MAP)
         return output
 
@@ -494,12 +499,12 @@ def _checked(cls: Any) -> Any:
         if args:
             raise InvalidConfigError(f"{cls.__name__} takes keyword arguments only, got {len(args)} positional")
         known = _known_keys(cls)
-        faults = [unknown_key_fault(key, known) for key in kwargs if key not in known]
+        faults = [fault for key in kwargs if key not in known and (fault := unknown_key_fault(key, known))]
         values: dict[str, Any] = {}
         for key, value in kwargs.items():
             name = cls.attribute_map.get(key, key)
             if name in values and key in known:
-                faults.append(f"{key}: given twice, also as {name!r} or another alias")
+                faults.append(ConfigFault(key, reason=f"given twice, also as {name!r} or another alias"))
             values[name] = value
         own = {f.name for f in fields(cls)}
         wrong = type_faults(cls, {k: value for k, value in values.items() if k in own})
@@ -513,7 +518,7 @@ def _checked(cls: Any) -> Any:
         }
         sound = {k: value for k, value in values.items() if k in own and k not in wrong}
         if (dtype := values.get("dtype")) is not None and not _is_dtype(dtype):
-            wrong["dtype"] = f"dtype={dtype!r}: must name a torch dtype such as 'bfloat16'"
+            wrong["dtype"] = ConfigFault("dtype", dtype, "must name a torch dtype such as 'bfloat16'")
         faults += [*wrong.values(), *architecture_faults(defaults | sound, only=set(sound) if wrong else None)]
         if faults:
             raise config_error(faults)

@@ -6,10 +6,13 @@ sound by themselves.
 """
 
 import difflib
+import json
 import math
-from typing import Any
+import os
+import re
+from typing import Any, NoReturn
 
-from cognexis.errors import InvalidConfigError
+from cognexis.errors import ConfigFault, InvalidConfigError
 
 FFN_ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu")
 GATED_ACTIVATIONS = ("swiglu", "geglu")
@@ -99,20 +102,19 @@ def derived_fields(values: dict[str, Any]) -> dict[str, Any]:
     return v
 
 
-def unknown_key_fault(key: str, known: set[str], cutoff: float = 0.0) -> str:
+def unknown_key_fault(key: str, known: Any, cutoff: float = 0.0) -> ConfigFault | None:
+    """The fault of an unknown key; with a ``cutoff`` only if the key is that close to a known one."""
     near = nearest_name(key, known, cutoff or 0.6)
-    return f"{key}: unknown key{near}" if near or not cutoff else ""
+    return ConfigFault(key, reason=f"unknown key{near}") if near or not cutoff else None
 
 
-def config_error(faults: list[str]) -> InvalidConfigError:
-    first = faults[0].split(":", 1)[0].split("=", 1)[0]
+def config_error(faults: list[ConfigFault], kind: type[InvalidConfigError] = InvalidConfigError) -> InvalidConfigError:
+    """One error that lists all ``faults``."""
     head = "invalid configuration" if len(faults) == 1 else f"invalid configuration, {len(faults)} faults"
-    error = InvalidConfigError(f"{head}: " + "; ".join(faults), path=first, reason=faults[0])
-    error.faults = faults  # type: ignore[attr-defined]
-    return error
+    return kind(f"{head}: " + "; ".join(faults), faults=faults)
 
 
-def architecture_faults(values: dict[str, Any], only: set[str] | None = None) -> list[str]:
+def architecture_faults(values: dict[str, Any], only: set[str] | None = None) -> list[ConfigFault]:
     """Every broken rule of a complete, correctly typed set of fields, as "field=value: reason".
 
     Args:
@@ -120,11 +122,11 @@ def architecture_faults(values: dict[str, Any], only: set[str] | None = None) ->
         only: with other fields unusable, check these by themselves and leave out the rules between fields.
     """
     v = derived_fields(values)
-    faults: list[str] = []
+    faults: list[ConfigFault] = []
 
     def rule(name: str, holds: bool, reason: str) -> None:
         if not holds and (only is None or name in only):
-            faults.append(f"{name}={v[name]!r}: {reason}")
+            faults.append(ConfigFault(name, v[name], reason))
 
     for name, (low, high) in _SIZE_LIMITS.items():
         rule(name, v[name] is None or low <= v[name] <= high, f"must be between {low} and {high}")
@@ -209,19 +211,20 @@ def architecture_faults(values: dict[str, Any], only: set[str] | None = None) ->
     return faults + _rope_faults(v) + _override_faults(v)
 
 
-def _rope_faults(v: dict[str, Any]) -> list[str]:
+def _rope_faults(v: dict[str, Any]) -> list[ConfigFault]:
     rope = v["rope_parameters"] or {}
     if nested := sorted(k for k in rope if k in LAYER_TYPES):
-        return [f"rope_parameters.{nested[0]}: one set of rotary parameters serves all layer types"]
+        reason = "one set of rotary parameters serves all layer types"
+        return [ConfigFault(f"rope_parameters.{nested[0]}", reason=reason)]
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _ROPE_TYPES:
-        return [f"rope_parameters.rope_type={kind!r}: must be one of {', '.join(_ROPE_TYPES)}"]
+        return [ConfigFault("rope_parameters.rope_type", kind, f"must be one of {', '.join(_ROPE_TYPES)}")]
     faults = []
 
     def rule(key: str, holds: Any, allowed: str, default: Any) -> None:
         value = rope.get(key, default)
         if not (_is_finite(value) and holds(value)):
-            faults.append(f"rope_parameters.{key}={value!r}: must be {allowed}")
+            faults.append(ConfigFault(f"rope_parameters.{key}", value, f"must be {allowed}"))
 
     rule("rope_theta", lambda x: x > 1, "finite and above 1", 1e4)
     rule("partial_rotary_factor", lambda x: 0 < x <= 1, "in (0, 1]", 1.0)
@@ -232,44 +235,43 @@ def _rope_faults(v: dict[str, Any]) -> list[str]:
         return faults
     rotated = int(v["head_dim"] * rope.get("partial_rotary_factor", 1.0))
     if rotated < 2 or rotated % 2:
-        cause = f"head_dim={v['head_dim']}"
+        reason = f"rotary embedding needs an even number of rotated features, got {rotated}"
         if "partial_rotary_factor" in rope:
-            cause = f"rope_parameters.partial_rotary_factor={rope['partial_rotary_factor']!r} of {cause}"
-        return [f"{cause}: rotary embedding needs an even number of rotated features, got {rotated}"]
+            reason = f"of head_dim={v['head_dim']}, {reason}"
+            return [ConfigFault("rope_parameters.partial_rotary_factor", rope["partial_rotary_factor"], reason)]
+        return [ConfigFault("head_dim", v["head_dim"], reason)]
     for key in ("short_factor", "long_factor") if kind == "longrope" else ():
         factors: Any = rope.get(key)
         is_list = isinstance(factors, list) and all(_is_finite(x) and x > 0 for x in factors)
         if not is_list or len(factors) != rotated // 2:
-            faults.append(f"rope_parameters.{key}={factors!r}: must be a list of {rotated // 2} positive numbers")
+            reason = f"must be a list of {rotated // 2} positive numbers"
+            faults.append(ConfigFault(f"rope_parameters.{key}", factors, reason))
     return faults
 
 
-def _override_faults(v: dict[str, Any]) -> list[str]:
-    faults = []
+def _override_faults(v: dict[str, Any]) -> list[ConfigFault]:
+    faults: list[ConfigFault] = []
     for stage, overrides in (v["stage_overrides"] or {}).items():
+        place = f"stage_overrides.{stage}"
         if stage not in STAGES:
-            faults.append(f"stage_overrides.{stage}: must be one of {', '.join(STAGES)}")
+            faults.append(ConfigFault(place, reason=f"must be one of {', '.join(STAGES)}"))
             continue
         if not isinstance(overrides, dict):
-            faults.append(f"stage_overrides.{stage}={overrides!r}: must be a dictionary of fields")
+            faults.append(ConfigFault(place, overrides, "must be a dictionary of fields"))
             continue
         for key in overrides:
             if key not in _STAGE_OVERRIDES:
                 near = nearest_name(str(key), _STAGE_OVERRIDES)
-                faults.append(
-                    f"stage_overrides.{stage}.{key}: cannot differ by stage{near}; "
-                    f"allowed: {', '.join(_STAGE_OVERRIDES)}"
-                )
+                reason = f"cannot differ by stage{near}; allowed: {', '.join(_STAGE_OVERRIDES)}"
+                faults.append(ConfigFault(f"{place}.{key}", reason=reason))
         known = {k: value for k, value in overrides.items() if k in _STAGE_OVERRIDES}
         wrong = {k: w for k, w in known.items() if not _has_type(w, _STAGE_OVERRIDES[k])}
         if wrong:
-            faults += [f"stage_overrides.{stage}.{k}={w!r}: has the wrong type" for k, w in wrong.items()]
+            faults += [ConfigFault(f"{place}.{k}", w, "has the wrong type") for k, w in wrong.items()]
             continue
         merged = v | {"stage_overrides": None} | known
         merged["hidden_size"] = merged["num_attention_heads"] * v["head_dim"]  # a declared projection width
-        faults += [
-            f"stage_overrides.{stage}.{f}" for f in architecture_faults(merged) if f.split("=")[0] in _STAGE_OVERRIDES
-        ]
+        faults += [f.below(place) for f in architecture_faults(merged) if f.path in _STAGE_OVERRIDES]
     return faults
 
 
@@ -284,7 +286,7 @@ def _is_finite(value: Any) -> bool:
         return False
 
 
-def type_faults(cls: Any, values: dict[str, Any]) -> dict[str, str]:
+def type_faults(cls: Any, values: dict[str, Any]) -> dict[str, ConfigFault]:
     """Faults of the fields whose value has the wrong type, by field."""
     faults = {}
     for name, value in values.items():
@@ -293,5 +295,77 @@ def type_faults(cls: Any, values: dict[str, Any]) -> dict[str, str]:
                 validator(value)
             except (TypeError, ValueError):
                 wanted = getattr(cls.__dataclass_fields__[name].type, "__name__", cls.__dataclass_fields__[name].type)
-                faults[name] = f"{name}={value!r}: must be of type {wanted}, got {type(value).__name__}"
+                reason = f"must be of type {wanted}, got {type(value).__name__}"
+                faults[name] = ConfigFault(name, value, reason)
+    return faults
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+MAX_JSON_BYTES = 4 * 2**20
+MAX_DEPTH = 64
+
+
+def read_json_file(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read a JSON object from a file that nobody vouches for.
+
+    Raises:
+        InvalidConfigError: the file is too large, nested too deeply, not UTF-8, not JSON, names a key twice, holds a
+            number that is not finite, or is something else than one object.
+        OSError: the file cannot be read.
+    """
+    if not os.path.isfile(path):  # opening a pipe would wait for ever
+        raise InvalidConfigError(f"{path}: not a file", path=str(path))
+    with open(path, "rb") as file:
+        data = file.read(max_bytes + 1)
+    return parse_json(data, os.path.basename(path), max_bytes)
+
+
+def parse_json(data: bytes, name: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Parse one JSON object with the limits of :func:`read_json_file`; ``name`` stands in the messages."""
+
+    def refuse(reason: str) -> NoReturn:
+        raise InvalidConfigError(f"{name}: {reason}", path=name, reason=reason)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(result := dict(pairs)) < len(pairs):
+            names = [key for key, _ in pairs]
+            refuse(f"the key {next(k for k in names if names.count(k) > 1)!r} is given twice")
+        return result
+
+    def finite(text: str) -> float:
+        return value if math.isfinite(value := float(text)) else refuse(f"the number {text[:40]} is not finite")
+
+    if len(data) > max_bytes:
+        refuse(f"larger than {max_bytes} bytes")
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+    except InvalidConfigError:
+        raise
+    except UnicodeDecodeError as error:
+        refuse(f"not UTF-8: {error.reason} at byte {error.start}")
+    except RecursionError:
+        refuse(f"nested more than {MAX_DEPTH} deep")
+    except ValueError as error:  # malformed, or an integer of thousands of digits
+        refuse(f"not valid JSON: {error}")
+    if not isinstance(value, dict):
+        refuse(f"must hold one object, got {type(value).__name__}")
+    layer: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        layer = [x for y in layer for x in (y.values() if isinstance(y, dict) else y) if isinstance(x, (dict, list))]
+    if layer:
+        refuse(f"nested more than {MAX_DEPTH} deep")
+    return value
+
+
+def code_map_faults(code_map: Any) -> list[ConfigFault]:
+    """Faults of an ``auto_map``: each class must stand in a file beside the configuration, "module.Class"."""
+    if not isinstance(code_map, dict):
+        return [ConfigFault("auto_map", code_map, "must be a dictionary of class names")]
+    faults = []
+    for key, target in code_map.items():
+        for name in target if isinstance(target, (list, tuple)) else [target]:
+            if not (name is None or (isinstance(name, str) and re.fullmatch(r"[A-Za-z_]\w*\.[A-Za-z_]\w*", name))):
+                reason = "must name a class in a file of the same folder, as 'module.Class'"
+                faults.append(ConfigFault(f"auto_map.{key}", target, reason))
     return faults

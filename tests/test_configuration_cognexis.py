@@ -5,8 +5,10 @@ import copy
 import json
 import logging
 import math
+import os
 import pickle
 import re
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -569,6 +571,77 @@ def test_saved_json_carries_the_code_map_and_the_files_it_names(tmp_path: Path) 
     for target in AUTO_MAP.values():
         module, name = target.split(".")
         assert re.search(rf"^class {name}\b", (tmp_path / f"{module}.py").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b'{"a":' * 100_000, "nested more than 64 deep"),
+        (b"[" * 100_000, "nested more than 64 deep"),
+        (b'{"a":' * 70 + b"1" + b"}" * 70, "nested more than 64 deep"),
+        (b'{"vocab_size": 64, "vocab_size": 65}', "the key 'vocab_size' is given twice"),
+        (b'{"ffn_dropout": NaN}', "the number NaN is not finite"),
+        (b'{"ffn_dropout": -Infinity}', "the number -Infinity is not finite"),
+        (b'{"ffn_dropout": 1e999}', "the number 1e999 is not finite"),
+        (b"\xef\xbb\xbf{}", "not valid JSON: Unexpected UTF-8 BOM"),
+        (b'{"a": "\xff"}', "not UTF-8: invalid start byte at byte 7"),
+        (b" " * 100_000_000, "larger than 4194304 bytes"),
+        (b'{"vocab_size": ' + b"1" * 5000 + b"}", "not valid JSON: Exceeds the limit"),
+        (b"[]", "must hold one object, got list"),
+        (b"", "not valid JSON: Expecting value"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_file_that_is_no_plain_json_object_is_a_config_error_at_once(data: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(data)
+    start = time.perf_counter()
+    with pytest.raises(InvalidConfigError, match=re.escape(f"config.json: {reason}")):
+        CognexisConfig.from_pretrained(tmp_path)
+    assert time.perf_counter() - start < 1
+
+
+def test_pipe_in_place_of_the_file_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(InvalidConfigError, match="not a file"):
+        CognexisConfig.from_json_file(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    "code_map",
+    [
+        *(
+            {"AutoModel": x}
+            for x in ("other/repo--modeling.X", "../x.Y", "a/b.C", "/x.Y", "x", "a.b.C", 3, ["../a.B"])
+        ),
+        "modeling_cognexis.X",
+    ],
+    ids=str,
+)
+def test_code_map_that_leaves_the_folder_is_refused(code_map: Any, tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfigError, match="auto_map") as caught:
+        CognexisConfig.from_pretrained(stored_with(tmp_path, auto_map=code_map))
+    assert caught.value.path.startswith("auto_map")
+    config = tiny_config()
+    with pytest.raises(InvalidConfigError, match="auto_map"):
+        config.auto_map = code_map
+
+
+def test_integer_without_a_decimal_text_is_still_named() -> None:
+    with pytest.raises(InvalidConfigError, match="vocab_size=<int>: must be between"):
+        tiny_config(vocab_size=10**5000)
+
+
+def test_faults_carry_path_value_and_reason_and_survive_pickling() -> None:
+    with pytest.raises(InvalidConfigError) as caught:
+        tiny_config(default_loops=9, stage_overrides={"coda": {"ffn_dropout": 2.0}}, colour="red")
+    error = pickle.loads(pickle.dumps(caught.value))
+    parts = {(fault.path, fault.value) for fault in error.faults}
+    assert parts == {("default_loops", 9), ("stage_overrides.coda.ffn_dropout", 2.0), ("colour", None)}
+    first = error.faults[0]
+    assert (error.path, error.value, error.reason) == (first.path, first.value, first.reason)
+    assert all(fault.reason and fault.endswith(f": {fault.reason}") for fault in error.faults)
+    one = InvalidConfigError("x=1: too small", path="x", value=1, reason="too small")
+    assert one.faults == ["x=1: too small"]
 
 
 # -- changing a configuration -----------------------------------------------------------------------------------------
