@@ -1,0 +1,72 @@
+"""What other libraries need to know of a run configuration, as plain keyword dictionaries."""
+
+from typing import Any
+
+from cognexis.artifacts.run_config.resolving import resolve
+from cognexis.artifacts.run_config.run_config import RunConfig
+from cognexis.errors import InvalidConfigError
+
+_OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor", "sgd": "sgd"}
+_SCHEDULERS = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
+AVAILABLE_LOOP_MODES = ("fixed",)
+
+
+def training_arguments_of(config: RunConfig) -> dict[str, Any]:
+    """Keywords for ``transformers.TrainingArguments``; the loop curriculum is the trainer's own matter.
+
+    Raises:
+        InvalidConfigError: there is no training section.
+    """
+    if config.training is None:
+        raise InvalidConfigError("training: the section is missing", path="training")
+    config = resolve(config)
+    training: Any = config.training
+    rule, batch, data, checkpoint = training.optimization, training.batch, training.data, training.checkpoint
+    cosine = rule.scheduler == "cosine"
+    return {
+        "output_dir": checkpoint.output_dir,
+        "run_name": config.run.name,
+        "seed": config.run.seed,
+        "data_seed": config.run.seed,
+        "max_steps": rule.total_steps,
+        "optim": _OPTIMIZERS[rule.optimizer],
+        "learning_rate": rule.learning_rate,
+        "lr_scheduler_type": _SCHEDULERS[rule.scheduler],
+        "lr_scheduler_kwargs": {"min_lr": rule.min_learning_rate} if cosine else {},
+        "warmup_steps": rule.warmup_steps,
+        "weight_decay": rule.weight_decay,
+        "adam_beta1": rule.beta1,
+        "adam_beta2": rule.beta2,
+        "adam_epsilon": rule.epsilon,
+        "max_grad_norm": rule.gradient_clip_norm or 0.0,
+        "per_device_train_batch_size": batch.micro_batch_size,
+        "gradient_accumulation_steps": batch.gradient_accumulation_steps,
+        "bf16": training.precision.compute_dtype == "bf16",
+        "fp16": training.precision.compute_dtype == "fp16",
+        "save_strategy": "steps",
+        "save_steps": checkpoint.save_every_steps,
+        "save_total_limit": checkpoint.keep_last or None,
+        "dataloader_num_workers": data.num_workers,
+        "dataloader_prefetch_factor": data.prefetch_batches if data.num_workers else None,
+        "remove_unused_columns": False,
+    }
+
+
+def loop_keywords_of(config: RunConfig) -> dict[str, Any]:
+    """The loop keywords of ``generate()`` that the inference section asks for.
+
+    Raises:
+        InvalidConfigError: the section asks for a loop mode that this version does not run.
+    """
+    inference = resolve(config).inference
+    if inference.loop_mode not in AVAILABLE_LOOP_MODES:
+        reason = f"this version runs {', '.join(AVAILABLE_LOOP_MODES)} only"
+        raise InvalidConfigError(
+            f"inference.loop_mode={inference.loop_mode!r}: {reason}",
+            path="inference.loop_mode",
+            value=inference.loop_mode,
+            reason=reason,
+        )
+    keywords: dict[str, Any] = {"loop_mode": inference.loop_mode, "min_loops": inference.min_loops}
+    keywords |= {n: getattr(inference, n) for n in ("num_loops", "max_loops") if getattr(inference, n) is not None}
+    return keywords | ({"allow_extrapolation": True} if inference.research_override else {})
