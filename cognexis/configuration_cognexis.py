@@ -14,7 +14,9 @@ Three maxima, one meaning each: ``trained_max_loops`` belongs to the weights (la
 """
 
 import math
+import os
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +25,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from cognexis.checkpoints.commit import finish_interrupted_save
+from cognexis.checkpoints.manifest import refresh_manifest
 from cognexis.configuration_rules import (
     HARD_MAX_LOOPS,
     STAGES,
@@ -462,6 +466,15 @@ class CognexisConfig(PreTrainedConfig):
         return result
 
     @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers; an interrupted save in the folder is completed first."""
+        if os.path.isdir(pretrained_model_name_or_path):
+            finish_interrupted_save(Path(pretrained_model_name_or_path, kwargs.get("subfolder", "")))
+        return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
     def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
         return cls._decode_special_floats(read_json_file(json_file))
 
@@ -481,6 +494,7 @@ class CognexisConfig(PreTrainedConfig):
         if self._code_writer is not None:
             type(self)._code_writer(save_directory, self)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        refresh_manifest(Path(save_directory), ("config", "code"))
 
 
 def _is_dtype(value: Any) -> bool:

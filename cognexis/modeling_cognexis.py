@@ -26,6 +26,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from cognexis.checkpoints.model_files import CheckpointFiles
 from cognexis.configuration_cognexis import CognexisConfig
 from cognexis.decoder.attention import AttentionSite
 from cognexis.decoder.block import CognexisBlock, TransformerBlock
@@ -56,7 +57,7 @@ class EmbeddingOutput(nn.Dropout):
     """Dropout on the embeddings; its output is the first of the recorded hidden states."""
 
 
-class CognexisPreTrainedModel(PreTrainedModel):
+class CognexisPreTrainedModel(CheckpointFiles, PreTrainedModel):  # type: ignore[misc]
     """What all Cognexis models share: capabilities, initialisation and activation checkpointing by loops."""
 
     config: CognexisConfig
@@ -348,7 +349,7 @@ class CognexisModel(CognexisPreTrainedModel):
         )
 
 
-class CognexisForCausalLM(CognexisPreTrainedModel, LoopedGenerationMixin):
+class CognexisForCausalLM(CognexisPreTrainedModel, LoopedGenerationMixin):  # type: ignore[misc]
     """The language model: the body with a head tied to the embedding."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -19,21 +19,23 @@ MAX_LINES = 600
 
 # Part of the package (a folder or a file right below it) -> the parts that it may import besides itself.
 _CONFIGURATION = {"configuration_cognexis", "configuration_rules"}
-_TO_CONFIGURATION = {"errors", "kernels", "cortex_layers", *_CONFIGURATION}
+_TO_CONFIGURATION = {"errors", "kernels", "cortex_layers", "checkpoints", *_CONFIGURATION}
 _TO_MODEL = {*_TO_CONFIGURATION, "looping", "decoder", "modeling_cognexis"}
-_BESIDE_MODEL = {"tokenization_cognexis", "artifacts", "tasks", "safety"}
+_BESIDE_MODEL = {"tokens", "tokenization_cognexis", "artifacts", "tasks", "safety"}
 _RING = {"training", "eval_harness", "serving", "hub"}
 MAY_IMPORT = {
     "errors": set(),
     "kernels": {"errors"},
     "cortex_layers": {"errors", "kernels"},
-    "configuration_cognexis": {"errors", "cortex_layers", "configuration_rules"},
+    "checkpoints": {"errors"},
+    "configuration_cognexis": {"errors", "cortex_layers", "checkpoints", "configuration_rules"},
     "configuration_rules": {"errors", "cortex_layers"},
     "looping": _TO_CONFIGURATION,
     "decoder": {*_TO_CONFIGURATION, "looping"},
     "modeling_cognexis": {*_TO_CONFIGURATION, "looping", "decoder"},
-    "tokenization_cognexis": {"errors"},
-    "artifacts": {"errors", *_CONFIGURATION},
+    "tokens": {"errors"},
+    "tokenization_cognexis": {"errors", "checkpoints", "tokens"},
+    "artifacts": {"errors", "checkpoints", "tokens", "tokenization_cognexis", *_CONFIGURATION},
     "tasks": {"errors", *_CONFIGURATION},
     "safety": {"errors", *_CONFIGURATION},
     **{part: {*_TO_MODEL, *_BESIDE_MODEL} for part in _RING},
@@ -46,11 +48,12 @@ ONLY_MODULE = {(part, "cortex_layers"): "cortex_layers.config" for part in _CONF
 RUNNABLE = {"cli", "__main__"}
 
 # The parts whose files travel with a checkpoint, and the packages that these may import.
-HUB_PARTS = {*_TO_MODEL, "tokenization_cognexis"}
-HUB_PACKAGES = {"torch", "transformers", "huggingface_hub", "safetensors", "numpy"}
+HUB_PARTS = {*_TO_MODEL, "tokens", "tokenization_cognexis"}
+HUB_PACKAGES = {"torch", "transformers", "huggingface_hub", "safetensors", "numpy", "yaml"}
 FURTHER_PACKAGES = {
     "kernels": {"triton"},
     "cortex_layers": {"pydantic", "tensordict", "triton"},
+    "tokens": {"tokenizers"},
     "tokenization_cognexis": {"tokenizers"},
 }
 # The files work without these, so the loader must not take them for requirements.
@@ -230,6 +233,7 @@ VIOLATIONS: dict[Rule, list[tuple[str, str, str]]] = {
         ("looping.driver", "from cognexis.decoder.cache import C", "looping may not import decoder"),
         ("decoder.cache", "from cognexis.modeling_cognexis import M", "may not import modeling_cognexis"),
         ("modeling_cognexis", "from cognexis.training.losses import L", "may not import training"),
+        ("tokens.guard", "from cognexis.tokenization_cognexis import T", "tokens may not import tokenization"),
         ("tokenization_cognexis", "from cognexis.configuration_cognexis import C", "may not import"),
         ("artifacts.hashes", "from cognexis.modeling_cognexis import M", "may not import modeling_cognexis"),
         ("tasks.copy", "from cognexis.safety.rules import R", "tasks may not import safety"),

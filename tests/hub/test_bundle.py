@@ -30,6 +30,9 @@ TOY = BundleLayout("toy", entries=("configuration_toy", "modeling_toy"), stays=(
 NUMBERS = itertools.count()
 ENTRY = {"toy/configuration_toy.py": "DEPTH = 2\n"}
 
+# A folder's code needs torch and transformers; the others are requirements of transformers itself.
+COMES_WITH_TRANSFORMERS = {"torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "yaml"}
+
 
 def make_package(folder: Path, files: dict[str, str]) -> Path:
     """Write a package ``toy``; every folder gets an empty ``__init__`` unless one is given."""
@@ -976,7 +979,7 @@ def test_model_of_remote_code_saves_all_of_its_code_again(loaded, place):
 def test_loader_asks_only_for_what_is_needed(loaded):
     assert set(loaded["toy"]["imports"]) == {"torch", "transformers", "typing"}
     asked = set(loaded["cognexis"]["imports"]) - sys.stdlib_module_names
-    assert asked <= {"torch", "transformers", "huggingface_hub"}
+    assert asked <= COMES_WITH_TRANSFORMERS
     assert set(loaded["cognexis"]["siblings"]) <= {name.removesuffix(".py") for name in bundle_files()}
     assert loaded["unwanted"] == []
 
@@ -1005,7 +1008,7 @@ def test_package_without_cortex_layers_needs_only_torch_and_transformers():
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [str(node.module)]
             unexpected = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
-            assert unexpected <= {"torch", "transformers", "huggingface_hub", "triton"}, name
+            assert unexpected <= COMES_WITH_TRANSFORMERS | {"triton"}, name
 
 
 def test_package_is_flattened_once_per_process():
