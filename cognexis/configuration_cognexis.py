@@ -34,6 +34,7 @@ from cognexis.configuration_rules import (
     code_map_faults,
     config_error,
     derived_fields,
+    inherited_faults,
     nearest_name,
     read_json_file,
     swiglu_width,
@@ -521,7 +522,7 @@ def _checked(cls: Any) -> Any:
                 faults.append(ConfigFault(key, reason=f"given twice, also as {name!r} or another alias"))
             values[name] = value
         own = {f.name for f in fields(cls)}
-        wrong = type_faults(cls, {k: value for k, value in values.items() if k in own})
+        wrong = type_faults(cls, {k: value for k, value in values.items() if k in own}) | inherited_faults(values)
         defaults = {
             f.name: f.default
             if f.default is not MISSING
@@ -531,8 +532,9 @@ def _checked(cls: Any) -> Any:
             for f in fields(cls)
         }
         sound = {k: value for k, value in values.items() if k in own and k not in wrong}
-        if (dtype := values.get("dtype")) is not None and not _is_dtype(dtype):
-            wrong["dtype"] = ConfigFault("dtype", dtype, "must name a torch dtype such as 'bfloat16'")
+        for name in ("dtype", "torch_dtype"):
+            if (dtype := values.get(name)) is not None and not _is_dtype(dtype):
+                wrong[name] = ConfigFault(name, dtype, "must name a torch dtype such as 'bfloat16'")
         faults += [*wrong.values(), *architecture_faults(defaults | sound, only=set(sound) if wrong else None)]
         if faults:
             raise config_error(faults)
@@ -561,6 +563,20 @@ def _translate(call: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(error.__cause__, InvalidConfigError):
             raise error.__cause__ from None
         raise InvalidConfigError(" ".join(str(error).split())) from error
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+        if isinstance(error, InvalidConfigError) or not kwargs:
+            raise
+        inherited = [k for k in kwargs if k not in CognexisConfig.__annotations__ and not _base_takes(k, kwargs[k])]
+        faults = [ConfigFault(k, kwargs[k], f"refused by PreTrainedConfig: {error}") for k in inherited]
+        raise config_error(faults or [ConfigFault("configuration", reason=str(error))]) from error
+
+
+def _base_takes(key: str, value: Any) -> bool:
+    try:
+        PreTrainedConfig(**{key: value})
+    except Exception:
+        return False
+    return True
 
 
 CognexisConfig = _checked(CognexisConfig)  # type: ignore[misc]

@@ -42,6 +42,12 @@ _ROPE_NEEDS = {  # numbers that each rotary scaling needs
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 _ROPE_TYPES = tuple(_ROPE_NEEDS)
+_ROPE_KEYS = (
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"),
+    *("attention_factor", "beta_fast", "beta_slow", "short_factor", "long_factor", "low_freq_factor"),
+    *("high_freq_factor", "mscale", "mscale_all_dim", "truncate"),
+)
+MAX_LABELS = 2**20
 _PROBABILITIES = (
     *("attention_dropout", "ffn_dropout", "embedding_dropout", "classifier_dropout"),
     *("prelude_stochastic_depth", "recurrent_stochastic_depth", "coda_stochastic_depth"),
@@ -105,7 +111,7 @@ def derived_fields(values: dict[str, Any]) -> dict[str, Any]:
 def unknown_key_fault(key: str, known: Any, cutoff: float = 0.0) -> ConfigFault | None:
     """The fault of an unknown key; with a ``cutoff`` only if the key is that close to a known one."""
     near = nearest_name(key, known, cutoff or 0.6)
-    return ConfigFault(key, reason=f"unknown key{near}") if near or not cutoff else None
+    return ConfigFault(key or "''", reason=f"unknown key{near}") if near or not cutoff else None
 
 
 def config_error(faults: list[ConfigFault], kind: type[InvalidConfigError] = InvalidConfigError) -> InvalidConfigError:
@@ -216,6 +222,11 @@ def _rope_faults(v: dict[str, Any]) -> list[ConfigFault]:
     if nested := sorted(k for k in rope if k in LAYER_TYPES):
         reason = "one set of rotary parameters serves all layer types"
         return [ConfigFault(f"rope_parameters.{nested[0]}", reason=reason)]
+    if strange := [key for key in rope if key not in _ROPE_KEYS]:
+        return [
+            ConfigFault(f"rope_parameters.{k}", reason=f"unknown key{nearest_name(str(k), _ROPE_KEYS)}")
+            for k in strange
+        ]
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _ROPE_TYPES:
         return [ConfigFault("rope_parameters.rope_type", kind, f"must be one of {', '.join(_ROPE_TYPES)}")]
@@ -231,6 +242,10 @@ def _rope_faults(v: dict[str, Any]) -> list[ConfigFault]:
     for key in _ROPE_NEEDS[kind]:
         rule(key, lambda x: x > 0, "finite and positive", None)
     rule("factor", lambda x: x >= 1, "finite and at least 1", 1.0)
+    named = {fault.path.split(".")[-1] for fault in faults}
+    for key in rope.keys() - named:
+        if _has_type(rope[key], (int, float)) and not _is_finite(rope[key]):
+            faults.append(ConfigFault(f"rope_parameters.{key}", rope[key], "must be finite"))
     if faults or not v["head_dim"]:
         return faults
     rotated = int(v["head_dim"] * rope.get("partial_rotary_factor", 1.0))
@@ -297,6 +312,26 @@ def type_faults(cls: Any, values: dict[str, Any]) -> dict[str, ConfigFault]:
                 wanted = getattr(cls.__dataclass_fields__[name].type, "__name__", cls.__dataclass_fields__[name].type)
                 reason = f"must be of type {wanted}, got {type(value).__name__}"
                 faults[name] = ConfigFault(name, value, reason)
+    return faults
+
+
+def inherited_faults(values: dict[str, Any]) -> dict[str, ConfigFault]:
+    """Faults of labels and output switches, which transformers keeps as it finds them."""
+    faults = {}
+    count, names, ids = (values.get(name) for name in ("num_labels", "id2label", "label2id"))
+    if count is not None and not (_has_type(count, int) and 0 <= count <= MAX_LABELS):
+        faults["num_labels"] = ConfigFault("num_labels", count, f"must be a number of labels, 0 to {MAX_LABELS}")
+
+    def is_id(key: Any) -> bool:
+        return _has_type(key, int) or (isinstance(key, str) and re.fullmatch(r"[0-9]{1,9}", key) is not None)
+
+    if isinstance(names, dict) and not all(is_id(key) and isinstance(name, str) for key, name in names.items()):
+        faults["id2label"] = ConfigFault("id2label", names, "must map ids to texts")
+    if isinstance(ids, dict) and not all(isinstance(name, str) and _has_type(i, int) for name, i in ids.items()):
+        faults["label2id"] = ConfigFault("label2id", ids, "must map texts to ids")
+    for name in ("output_hidden_states", "output_attentions", "return_dict"):
+        if (value := values.get(name)) is not None and not isinstance(value, bool):
+            faults[name] = ConfigFault(name, value, "must be True or False")
     return faults
 
 

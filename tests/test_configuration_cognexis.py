@@ -626,6 +626,32 @@ def test_code_map_that_leaves_the_folder_is_refused(code_map: Any, tmp_path: Pat
         config.auto_map = code_map
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        *({"num_labels": x} for x in ("2", -1, 2**40, True, [2])),
+        *({"id2label": x} for x in ({0: NAN}, {"a": "b"}, {0: 3})),
+        *({"label2id": x} for x in ({"a": NAN}, {"a": "0"})),
+        *({name: "yes"} for name in ("output_hidden_states", "output_attentions", "return_dict")),
+        {"torch_dtype": 64},
+        {"torch_dtype": "x"},
+        {"per_layer_config": 3},
+        *({"rope_parameters": x} for x in ({"dtype": 1}, {"rope_tehta": 1e4}, {"beta_fast": 10**5000})),
+    ],
+    ids=lambda x: next(iter(x)),
+)
+def test_broken_value_of_a_field_that_transformers_keeps_unchecked_is_named(overrides: dict[str, Any]) -> None:
+    """Each of them was accepted, or ended in an error of the base class, when random settings were tried."""
+    with pytest.raises(InvalidConfigError) as caught:
+        tiny_config(**overrides)
+    assert caught.value.path.startswith(next(iter(overrides)))
+
+
+def test_empty_key_is_shown() -> None:
+    with pytest.raises(InvalidConfigError, match="'': unknown key"):
+        tiny_config(**{"": 1})
+
+
 def test_integer_without_a_decimal_text_is_still_named() -> None:
     with pytest.raises(InvalidConfigError, match="vocab_size=<int>: must be between"):
         tiny_config(vocab_size=10**5000)

@@ -60,6 +60,7 @@ def dotted(place: tuple[Any, ...]) -> str:
     """("a", "b", 2, "c") as "a.b[2].c"."""
     text = ""
     for part in place:
+        part = "''" if part == "" else part
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
     return text
 

@@ -178,7 +178,9 @@ class ModelSection(BaseModel):
         strange = {name for name in architecture if name not in ARCHITECTURE_FIELDS}
         if strange:
             known = (*SPELLINGS, *cls.model_fields)
-            faults = [ConfigFault(name, reason=f"unknown key{nearest_name(str(name), known)}") for name in strange]
+            faults = [
+                ConfigFault(name or "''", reason=f"unknown key{nearest_name(str(name), known)}") for name in strange
+            ]
             for name in strange:
                 del architecture[name]
             raise config_error(sorted(faults) + _faults_of(given.get("variant"), architecture)[1])
