@@ -1,8 +1,9 @@
-r"""Train a lossless Unigram tokenizer with byte fallback.
+r"""Train a lossless tokenizer with byte fallback: Unigram pieces, byte-pair pieces, or bytes alone.
 
-Text is cut into words (``SPLIT_PATTERN``), and within a word the Unigram model chooses the pieces
-p_1 ... p_n whose joined text is the word and whose sum of log-probabilities is largest. A character
-without a piece of its own is spelled in its UTF-8 bytes. What is unusual:
+Text is cut into words (``SPLIT_PATTERN``). Within a word the Unigram model (``sentencepiece``) chooses the pieces
+p_1 ... p_n whose joined text is the word and whose sum of log-probabilities is largest; the byte-pair model (``bpe``)
+joins neighbouring pieces in the order in which training found them. A character without a piece of its own is spelled
+in its UTF-8 bytes; ``byte_reference`` has no pieces at all. What is unusual:
 
 * Nothing is normalised, folded or replaced, so ``decode(encode(text)) == text`` for every valid text:
   runs of spaces, tabs, CRLF, emoji and text that looks like a byte piece ("<0x0A>") included. A space
@@ -11,11 +12,13 @@ without a piece of its own is spelled in its UTF-8 bytes. What is unusual:
 * Ids are laid out by hand: the control tokens 0 to 9, the bytes 10 to 265, then the pieces, most
   probable first. Control tokens and bytes have the score -1e6, and no word that the pattern makes can
   spell one, so the model itself never turns plain text into a control id. (The stock call still
-  *recognises* control strings in raw text; pass ``split_special_tokens=True`` for untrusted text.)
+  *recognises* control strings in raw text; ``encode_untrusted`` does not.)
+* A word ends after 128 characters at the latest, so that a text of one endless word takes linear time.
 * Training is repeatable. The trainer of ``tokenizers`` walks hash tables in random order, which reaches
   the result in three ways: the order of the pieces, the last digits of the scores, and the made-up
   scores of characters that it dropped and had to take back (lowest score + 0.0001 * k in random
-  order). We round the scores, give those characters the lowest score, and sort by (score, text).
+  order). We round the scores, give those characters the lowest score, and sort by (score, text). Byte-pair pieces
+  keep the order in which they were joined.
 """
 
 from __future__ import annotations
@@ -23,66 +26,26 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 from cognexis.errors import InvalidConfigError, TokenizerError
-
-CONTROL_TOKENS: tuple[str, ...] = (
-    "<s>",
-    "</s>",
-    "<pad>",
-    "<unk>",
-    "<eod>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|tool|>",
-    "<|end|>",
-)
-"""The control tokens; the position is the id."""
-
-BYTE_TOKENS: tuple[str, ...] = tuple(f"<0x{byte:02X}>" for byte in range(256))
+from cognexis.tokenization_cognexis import CognexisTokenizer
+from cognexis.tokens.chat_template import CHAT_TEMPLATE
+from cognexis.tokens.layout import BYTE_TOKENS, CONTROL_TOKENS, TOKENIZER_TYPES
 
 SPLIT_PATTERN = "|".join(
     (
         r"\s*[\r\n][^\S\r\n]*",  # line breaks, blank lines, and the indentation that follows
-        r" ?[\p{L}\p{M}_]+",  # a word or identifier with the space before it
-        r" ?[^\s\p{L}\p{M}\p{N}_]+",  # operators, punctuation, symbols
+        r" ?[\p{L}\p{M}_]{1,128}",  # a word or identifier with the space before it
+        r" ?[^\s\p{L}\p{M}\p{N}_]{1,128}",  # operators, punctuation, symbols
         r"[^\S\r\n]+(?!\S)",  # spaces up to the one that belongs to the next word
         r"[^\S\r\n]+",  # a space before a digit
     )
 )
-
-CHAT_TEMPLATE = """\
-{%- if not messages -%}
-    {{- raise_exception("a chat needs at least one message") -}}
-{%- endif -%}
-{%- for message in messages -%}
-    {%- if message["role"] not in ["system", "user", "assistant", "tool"] -%}
-        {{- raise_exception("unknown role: " ~ message["role"]) -}}
-    {%- endif -%}
-    {{- "<|" ~ message["role"] ~ "|>\\n" -}}
-    {%- if message["role"] == "assistant" -%}
-        {%- generation -%}
-            {{- message["content"] ~ "<|end|>" -}}
-        {%- endgeneration -%}
-    {%- else -%}
-        {{- message["content"] ~ "<|end|>" -}}
-    {%- endif -%}
-    {{- "\\n" -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- "<|assistant|>\\n" -}}
-{%- endif -%}
-"""
-"""The template ``chatml_v1``: role marker, newline, content, ``<|end|>``, newline for each message.
-
-The assistant's content and its ``<|end|>`` are marked as generated, so
-``apply_chat_template(..., return_assistant_tokens_mask=True)`` gives the training mask.
-"""
 
 _UNREACHABLE_SCORE = -1e6
 _SCORE_DIGITS = 4
@@ -94,27 +57,40 @@ def train_tokenizer(
     texts: Iterable[str],
     vocab_size: int,
     *,
+    tokenizer_type: str = "sentencepiece",
     max_piece_length: int = 24,
     character_coverage: float = 0.9995,
-) -> PreTrainedTokenizerFast:
+    tokenizer_version: str = "1",
+    source: Any = None,
+) -> CognexisTokenizer:
     """Train a tokenizer with exactly ``vocab_size`` ids on ``texts``.
 
     Args:
         texts: the training documents. Their order does not matter.
         vocab_size: number of ids, control tokens and bytes included.
+        tokenizer_type: ``sentencepiece`` (Unigram) or ``bpe``; for ``byte_reference`` see
+            :func:`byte_reference_tokenizer`.
         max_piece_length: longest piece in characters.
         character_coverage: share of the text, in (0, 1], whose characters become pieces. The rarest
             characters beyond it are spelled in bytes; printable ASCII always has pieces.
+        tokenizer_version: name of this tokenizer's version for its manifest.
+        source: what the texts are, for the manifest; anything that JSON can hold.
 
     Returns:
         A tokenizer with ``<s>`` in front of every encoded text unless ``add_special_tokens=False``,
-        padding on the left, and ``CHAT_TEMPLATE``.
+        padding on the left, and the chat template ``chatml_v1``.
 
     Raises:
         InvalidConfigError: an argument is out of range, or ``vocab_size`` has no room for the control
             tokens, the bytes and the alphabet.
         TokenizerError: the texts are empty or too short to fill the vocabulary.
     """
+    if tokenizer_type not in _TRAINERS:
+        raise InvalidConfigError(
+            f"tokenizer_type={tokenizer_type!r}: must be one of {', '.join(_TRAINERS)}",
+            path="tokenizer_type",
+            value=tokenizer_type,
+        )
     if max_piece_length < 1:
         raise InvalidConfigError(f"max_piece_length must be at least 1, got {max_piece_length}")
     if not 0 < character_coverage <= 1:
@@ -130,13 +106,28 @@ def train_tokenizer(
             f"vocab_size must be at least {fixed + len(alphabet)} ({len(CONTROL_TOKENS)} control tokens, "
             f"{len(BYTE_TOKENS)} bytes, {len(alphabet)} characters), got {vocab_size}"
         )
-    pieces = _train_pieces(documents, alphabet, vocab_size - fixed, max_piece_length)
-    if len(pieces) != vocab_size - fixed:
+    model = _TRAINERS[tokenizer_type](documents, alphabet, vocab_size - fixed, max_piece_length)
+    if model.size != vocab_size - fixed:
         raise TokenizerError(
-            f"the texts yield {fixed + len(pieces)} ids and vocab_size is {vocab_size}: "
+            f"the texts yield {fixed + model.size} ids and vocab_size is {vocab_size}: "
             f"give more text or a smaller vocab_size"
         )
-    return _wrap(_assemble(pieces))
+    return _wrap(model.backend, {"type": tokenizer_type, "tokenizer_version": tokenizer_version, "source": source})
+
+
+def byte_reference_tokenizer() -> CognexisTokenizer:
+    """The tokenizer without pieces: 10 control tokens, then byte b has the id 10 + b; 266 ids."""
+    vocabulary = {token: index for index, token in enumerate(CONTROL_TOKENS + BYTE_TOKENS)}
+    backend = _finish(Tokenizer(models.BPE(vocabulary, [], byte_fallback=True)))
+    return _wrap(backend, {"type": TOKENIZER_TYPES[2], "tokenizer_version": "1"})
+
+
+@dataclass(frozen=True)
+class _TrainedModel:
+    """A backend, and the number of its pieces."""
+
+    backend: Tokenizer
+    size: int
 
 
 def _choose_alphabet(documents: list[str], coverage: float) -> list[str]:
@@ -154,11 +145,8 @@ def _choose_alphabet(documents: list[str], coverage: float) -> list[str]:
     return sorted(chosen)
 
 
-def _train_pieces(
-    documents: list[str], alphabet: list[str], num_pieces: int, max_piece_length: int
-) -> list[tuple[str, float]]:
-    """Run the trainer on the text without rare characters; pieces in their final order."""
-    rare_characters = re.compile(f"[^{re.escape(''.join(alphabet))}]+")
+def _train_unigram(documents: list[str], alphabet: list[str], num_pieces: int, max_piece_length: int) -> _TrainedModel:
+    """Unigram pieces, most probable first."""
     backend = Tokenizer(models.Unigram())
     backend.pre_tokenizer = _pre_tokenizer()
     trainer = trainers.UnigramTrainer(
@@ -169,9 +157,42 @@ def _train_pieces(
         max_piece_length=max_piece_length,
         show_progress=False,
     )
-    passages = (part for document in documents for part in rare_characters.split(document) if part)
-    backend.train_from_iterator(passages, trainer)
-    return _canonical(json.loads(backend.to_str())["model"]["vocab"])
+    backend.train_from_iterator(_passages(documents, alphabet), trainer)
+    pieces = _canonical(json.loads(backend.to_str())["model"]["vocab"])
+    fixed = [(token, _UNREACHABLE_SCORE) for token in CONTROL_TOKENS + BYTE_TOKENS]
+    unk_id = CONTROL_TOKENS.index("<unk>")
+    model = models.Unigram(fixed + pieces, unk_id=unk_id, byte_fallback=True)
+    return _TrainedModel(_finish(Tokenizer(model)), len(pieces))
+
+
+def _train_bpe(documents: list[str], alphabet: list[str], num_pieces: int, max_piece_length: int) -> _TrainedModel:
+    """Characters in their order, then the joined pieces in the order in which training found them."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = _pre_tokenizer()
+    trainer = trainers.BpeTrainer(
+        vocab_size=num_pieces,
+        special_tokens=[],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        max_token_length=max_piece_length,
+        show_progress=False,
+    )
+    backend.train_from_iterator(_passages(documents, alphabet), trainer)
+    trained = json.loads(backend.to_str())["model"]
+    pieces = sorted(trained["vocab"], key=trained["vocab"].__getitem__)
+    vocabulary = {token: index for index, token in enumerate((*CONTROL_TOKENS, *BYTE_TOKENS, *pieces))}
+    merges = [tuple(merge) for merge in trained["merges"]]
+    model = models.BPE(vocabulary, merges, byte_fallback=True)
+    return _TrainedModel(_finish(Tokenizer(model)), len(pieces))
+
+
+_TRAINERS = {"sentencepiece": _train_unigram, "bpe": _train_bpe}
+
+
+def _passages(documents: list[str], alphabet: list[str]) -> Iterator[str]:
+    """The text without the characters that will be spelled in bytes."""
+    rare_characters = re.compile(f"[^{re.escape(''.join(alphabet))}]+")
+    return (part for document in documents for part in rare_characters.split(document) if part)
 
 
 def _canonical(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
@@ -195,11 +216,8 @@ def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     )
 
 
-def _assemble(pieces: list[tuple[str, float]]) -> Tokenizer:
-    """Build the backend: vocabulary with fixed ids, words, byte decoder, ``<s>`` in front."""
-    fixed = [(token, _UNREACHABLE_SCORE) for token in CONTROL_TOKENS + BYTE_TOKENS]
-    unk_id = CONTROL_TOKENS.index("<unk>")
-    backend = Tokenizer(models.Unigram(fixed + pieces, unk_id=unk_id, byte_fallback=True))
+def _finish(backend: Tokenizer) -> Tokenizer:
+    """Add to a model what is the same for all: words, byte decoder, ``<s>`` in front."""
     backend.pre_tokenizer = _pre_tokenizer()
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     backend.post_processor = processors.TemplateProcessing(
@@ -210,9 +228,10 @@ def _assemble(pieces: list[tuple[str, float]]) -> Tokenizer:
     return backend
 
 
-def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(
+def _wrap(backend: Tokenizer, record: dict[str, Any]) -> CognexisTokenizer:
+    return CognexisTokenizer(
         tokenizer_object=backend,
+        training_record=record,
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
@@ -220,6 +239,5 @@ def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
         extra_special_tokens=list(CONTROL_TOKENS[4:]),
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
         chat_template=CHAT_TEMPLATE,
     )

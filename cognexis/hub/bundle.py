@@ -17,6 +17,7 @@ file. Where a checkpoint does without a folder, an import of it inside a functio
 so. Blocks under TYPE_CHECKING are dropped, because the loader would take their imports as requirements.
 """
 
+import dataclasses
 import functools
 import importlib.resources
 import os
@@ -29,10 +30,12 @@ from cognexis.hub.module_graph import BundleLayout
 
 COGNEXIS = BundleLayout(
     root="cognexis",
-    entries=("configuration_cognexis", "modeling_cognexis", "tokenization_cognexis"),
+    entries=("configuration_cognexis", "modeling_cognexis"),
     required=("configuration_cognexis", "modeling_cognexis"),
     stays=("artifacts", "tasks", "safety", "training", "eval_harness", "serving", "hub", "cli", "__main__"),
 )
+# The tokenizer brings its code itself, into a folder with a model or without one.
+TOKENIZER = dataclasses.replace(COGNEXIS, entries=("tokenization_cognexis",), required=("tokenization_cognexis",))
 _CORTEX_FOLDERS = ("cortex_layers",)
 
 
@@ -58,7 +61,7 @@ def _cached_bundle(exclude: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
 
 
 def write_bundle(folder: str | os.PathLike[str], config: Any = None) -> list[str]:
-    """Write the remote code beside a checkpoint.
+    """Write the remote code beside a checkpoint; that of a tokenizer in the folder is brought up to date.
 
     Args:
         folder: checkpoint folder, created if it does not exist.
@@ -70,7 +73,28 @@ def write_bundle(folder: str | os.PathLike[str], config: Any = None) -> list[str
     Raises:
         BundleError: if the package's code uses a form that cannot be flattened.
     """
-    return write_files(folder, bundle_files(needs_cortex(config)), COGNEXIS.root)
+    files = bundle_files(needs_cortex(config))
+    if Path(folder, "tokenization_cognexis.py").is_file():
+        files |= dict(_cached_tokenizer_code())
+    return write_files(folder, files, COGNEXIS.root)
+
+
+def write_tokenizer_code(folder: str | os.PathLike[str], tokenizer: Any = None) -> list[str]:
+    """Write the code that loads a tokenizer; the code of a model in the same folder stays.
+
+    Args:
+        folder: tokenizer or checkpoint folder, created if it does not exist.
+        tokenizer: unused; every tokenizer of the package needs the same files.
+
+    Returns:
+        The names of the files that make up the code, sorted.
+    """
+    return write_files(folder, dict(_cached_tokenizer_code()), COGNEXIS.root, removes_others=False)
+
+
+@functools.cache
+def _cached_tokenizer_code() -> tuple[tuple[str, str], ...]:
+    return tuple(flatten(TOKENIZER, importlib.resources.files("cognexis")).items())
 
 
 def needs_cortex(config: Any) -> bool:
@@ -79,7 +103,9 @@ def needs_cortex(config: Any) -> bool:
     return any("cortex" in (getattr(config, stage, None) or ()) for stage in stages)
 
 
-def write_files(folder: str | os.PathLike[str], files: dict[str, str], root: str) -> list[str]:
+def write_files(
+    folder: str | os.PathLike[str], files: dict[str, str], root: str, removes_others: bool = True
+) -> list[str]:
     """Bring the generated files of package ``root`` in ``folder`` to the state of ``files``.
 
     Each file is written under a temporary name and then put in place, so that a reader never sees half of it.
@@ -90,6 +116,7 @@ def write_files(folder: str | os.PathLike[str], files: dict[str, str], root: str
         folder: target, created if it does not exist.
         files: source text by file name.
         root: name of the package.
+        removes_others: whether generated files that are not in ``files`` go.
 
     Returns:
         The names of ``files``, sorted.
@@ -108,7 +135,7 @@ def write_files(folder: str | os.PathLike[str], files: dict[str, str], root: str
         finally:
             temporary.unlink(missing_ok=True)
     mark = f"\n{header_mark(root)}".encode()
-    for path in target.glob(f"*_{root}.py"):
+    for path in target.glob(f"*_{root}.py") if removes_others else ():
         if path.name not in files and path.is_file() and mark in path.read_bytes()[:200]:
             path.unlink(missing_ok=True)
     return sorted(files)

@@ -7,12 +7,12 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from cognexis.artifacts.tokenizer_training import BYTE_TOKENS, CONTROL_TOKENS, train_tokenizer
+from cognexis.artifacts.tokenizer_training import train_tokenizer
 from cognexis.errors import InvalidConfigError, TokenizerError
+from cognexis.tokens.layout import BYTE_TOKENS, CONTROL_TOKENS
 
 VOCAB_SIZE = 700
 TEXTS = [inspect.getsource(module) for module in (hashlib, inspect, json)]
@@ -173,10 +173,10 @@ def test_chat_template_marks_what_the_assistant_says(tokenizer):
 
 @pytest.mark.parametrize(
     "messages, match",
-    [([], "at least one message"), ([{"role": "robot", "content": ""}], "unknown role: robot")],
+    [([], "at least one message"), ([{"role": "robot", "content": ""}], "unknown role 'robot' in message 0")],
 )
 def test_chat_template_refuses_bad_chats(tokenizer, messages, match):
-    with pytest.raises(TemplateError, match=match):
+    with pytest.raises(InvalidConfigError, match=match):
         tokenizer.apply_chat_template([CHAT, messages], tokenize=False)
 
 

@@ -1,0 +1,1 @@
+"""The parts of the tokenizer: control-token guard, truncation, chat rendering, manifest, streaming decoder."""
