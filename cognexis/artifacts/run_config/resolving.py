@@ -62,7 +62,9 @@ DERIVED: dict[str, Callable[[Any], Any]] = {
     "inference.cache.dtype": _of_model("dtype"),
     "evaluation.loop_counts": _depths,
     "evaluation.output_path": _folder("/evaluation"),
-    "safety.max_user_loops": lambda c: c.inference.max_loops or _of_model("max_loops")(c),
+    "safety.max_user_loops": lambda c: min(
+        (n for n in (c.inference.max_loops, _of_model("max_loops")(c)) if n is not None), default=None
+    ),
 }
 
 

@@ -29,7 +29,7 @@ def _checked_loss_scale(value: Any) -> Any:
     if isinstance(value, str):
         if value not in ("dynamic", "none"):
             raise ValueError("must be dynamic, none or a positive number")
-    elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+    elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1e30:
         raise ValueError("must be dynamic, none or a positive number")
     return value
 
