@@ -13,6 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from cognexis.artifacts.tokenizer_training import train_tokenizer
 from cognexis.errors import InvalidConfigError, TokenizerError
 from cognexis.tokens.layout import BYTE_TOKENS, CONTROL_TOKENS
+from tests.batteries.small_tokenizers import small_tokenizer
+from tests.batteries.without_package import run_without_package
 
 VOCAB_SIZE = 700
 TEXTS = [inspect.getsource(module) for module in (hashlib, inspect, json)]
@@ -115,6 +117,51 @@ def test_space_stays_with_the_word_after_it_and_indentation_with_the_line_break(
 def test_training_twice_gives_the_same_file():
     first, second = (train_tokenizer(TEXTS, VOCAB_SIZE).backend_tokenizer.to_str() for _ in range(2))
     assert first == second
+
+
+@pytest.mark.parametrize("tokenizer_type", ["sentencepiece", "bpe"])
+def test_two_processes_train_the_same_tokenizer(tokenizer_type, tmp_path):
+    script = (
+        "import hashlib, inspect, json, sys\n"
+        "from cognexis.artifacts.tokenizer_training import train_tokenizer\n"
+        "texts = [inspect.getsource(module) for module in (hashlib, inspect, json)]\n"
+        "print(json.dumps(train_tokenizer(texts, 700, tokenizer_type=sys.argv[1]).checksum))\n"
+    )
+    found = {
+        run_without_package(script, tokenizer_type, hf_home=tmp_path, has_package=True, PYTHONHASHSEED=seed)
+        for seed in ("1", "2")
+    }
+    assert found == {train_tokenizer(TEXTS, VOCAB_SIZE, tokenizer_type=tokenizer_type).checksum}
+
+
+@pytest.mark.parametrize("text", FIXTURES.values(), ids=FIXTURES)
+@pytest.mark.parametrize("tokenizer_type", ["bpe", "byte_reference"])
+def test_fixture_round_trips_for_the_other_types(tokenizer_type, text):
+    other = small_tokenizer(tokenizer_type)
+    ids = other.encode_untrusted(text, add_bos=False)
+    assert other.decode(ids) == text
+    assert min(ids, default=len(CONTROL_TOKENS)) >= len(CONTROL_TOKENS)
+    digits = [token for token in other.convert_ids_to_tokens(ids) if any(map(str.isdigit, token))]
+    assert all(len(token) == 1 or token.startswith("<0x") for token in digits)
+
+
+def test_byte_pair_vocabulary_has_the_same_layout():
+    other = small_tokenizer("bpe")
+    assert len(other) == VOCAB_SIZE
+    assert tuple(other.convert_ids_to_tokens(range(266))) == CONTROL_TOKENS + BYTE_TOKENS
+    words = other.backend_tokenizer.pre_tokenizer
+    for token in CONTROL_TOKENS + BYTE_TOKENS:
+        assert len(words.pre_tokenize_str(token)) > 1
+
+
+def test_endless_word_is_cut(tokenizer):
+    words = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("x" * 300)
+    assert [len(word) for word, _ in words] == [128, 128, 44]
+
+
+def test_unknown_type_is_refused():
+    with pytest.raises(InvalidConfigError, match="tokenizer_type='wordpiece': must be one of sentencepiece, bpe"):
+        train_tokenizer(TEXTS, VOCAB_SIZE, tokenizer_type="wordpiece")
 
 
 def test_order_of_the_texts_does_not_matter(tokenizer):
