@@ -25,8 +25,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from cognexis.checkpoints.commit import finish_interrupted_save
-from cognexis.checkpoints.manifest import refresh_manifest
+from cognexis.checkpoints.commit import finish_interrupted_save, staged_folder
+from cognexis.checkpoints.manifest import MANIFEST_FILE, refresh_manifest
 from cognexis.configuration_rules import (
     HARD_MAX_LOOPS,
     STAGES,
@@ -492,10 +492,20 @@ class CognexisConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write ``config.json`` and, from the package, the code that lets others load the folder without it."""
+        folder = Path(save_directory)
+        if not (folder / MANIFEST_FILE).is_file():
+            self._write(folder)
+        else:  # the folder is a checkpoint whose manifest names what changes here
+            with staged_folder(folder) as staging:
+                self._write(staging)
+                refresh_manifest(staging, folder)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+    def _write(self, folder: Path) -> None:
         if self._code_writer is not None:
-            type(self)._code_writer(save_directory, self)
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        refresh_manifest(Path(save_directory), ("config", "code"))
+            type(self)._code_writer(folder, self)
+        super().save_pretrained(folder)
 
 
 def _is_dtype(value: Any) -> bool:

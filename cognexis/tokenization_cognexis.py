@@ -9,13 +9,15 @@ Calls change nothing that other threads see. The saved files also load as a plai
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.utils import logging, to_py_obj
 
+from cognexis.checkpoints.commit import finish_interrupted_save, staged_folder
+from cognexis.checkpoints.json_file import write_json
+from cognexis.checkpoints.metadata import record_tokenizer
 from cognexis.errors import ArtifactMismatchError, InvalidConfigError, TokenizerError
 from cognexis.tokens.backend_view import Backends, BackendView, EncodeRequest, build_backends
 from cognexis.tokens.chat_template import RenderedChat, chat_template_id, plain_data, render_chats
@@ -46,6 +48,7 @@ _NOT_SAVED = (
     "name_or_path",
     "trust_remote_code",
 )
+_SAVE_KEYWORDS = ("legacy_format", "filename_prefix", "save_jinja_files")
 _REQUEST_KEYS = ("add_bos", "add_eos", "allow_special", "truncation_policy", "segments", "ids_only")
 
 
@@ -390,7 +393,9 @@ class CognexisTokenizer(PreTrainedTokenizerFast):
         return kwargs
 
     @classmethod
-    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> "CognexisTokenizer":
+    def from_pretrained(  # type: ignore[override]
+        cls, source: Any, *args: Any, **kwargs: Any
+    ) -> "CognexisTokenizer":
         """Load a tokenizer and compare it with its manifest, and with the ``config.json`` beside it.
 
         ``source`` is a folder, a repository on the Hub, or a ``tokenizer.json``; of a lone one the control tokens are
@@ -402,6 +407,8 @@ class CognexisTokenizer(PreTrainedTokenizerFast):
             ArtifactMismatchError: tokenizer and manifest, or tokenizer and ``tokenizer_checksum`` of the model differ.
         """
         path = Path(source)
+        if path.is_dir():
+            finish_interrupted_save(path)
         if path.is_file() and path.name == "tokenizer.json" and (path.parent / "tokenizer_config.json").is_file():
             source = path.parent
         try:
@@ -445,10 +452,27 @@ class CognexisTokenizer(PreTrainedTokenizerFast):
             _report(manifest_differences(manifest, actual), allow_tokenizer_mismatch)
         return tokenizer
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Write the tokenizer, its manifest and, from the package, the code that others need to load it."""
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> tuple[str, ...]:
+        """Write the tokenizer, its manifest and, from the package, the code that others need to load it.
+
+        All files appear at once; where the folder is a checkpoint, its records are brought up to date with them.
+
+        Raises:
+            CheckpointError: the place cannot be written; nothing is changed then.
+        """
         self.manifest  # noqa: B018 - refuses before anything is written
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        folder = Path(save_directory)
+        hub_keywords = {key: kwargs.pop(key) for key in list(kwargs) if key not in _SAVE_KEYWORDS}
+        if hub_keywords and not push_to_hub:
+            raise TypeError(f"save_pretrained() got unexpected keywords {sorted(hub_keywords)}")
+        with staged_folder(folder) as staging:
+            written = super().save_pretrained(staging, *args, **kwargs)
+            record_tokenizer(staging, folder)
+        if push_to_hub:
+            self.push_to_hub(hub_keywords.pop("repo_id", folder.name), **hub_keywords)
+        return tuple(str(folder / Path(path).name) for path in written)
 
     def _save_pretrained(
         self,
@@ -463,9 +487,9 @@ class CognexisTokenizer(PreTrainedTokenizerFast):
         config = json.loads(config_file.read_text("utf-8"))
         config = {key: value for key, value in config.items() if key not in _NOT_SAVED}
         config["auto_map"] = {"AutoTokenizer": [None, AUTO_TOKENIZER]}
-        _write_json(config_file, config, sort_keys=True)
+        write_json(config_file, dict(sorted(config.items())))
         file_names = super()._save_pretrained(folder, file_names, legacy_format, filename_prefix)
-        _write_json(folder / f"{prefix}{MANIFEST_FILE}", self.manifest)
+        write_json(folder / f"{prefix}{MANIFEST_FILE}", self.manifest)
         code = type(self)._code_writer(folder, self) if self._code_writer is not None else []
         return (*file_names, str(folder / f"{prefix}{MANIFEST_FILE}"), *(str(folder / name) for name in code))
 
@@ -506,12 +530,6 @@ def _report(differences: list[str], is_allowed: bool) -> None:
     if not is_allowed:
         raise ArtifactMismatchError(message, path="tokenizer_checksum")
     logger.warning(message)
-
-
-def _write_json(path: Path, content: dict[str, Any], sort_keys: bool = False) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n", "utf-8")
-    os.replace(temporary, path)
 
 
 __all__ = ["CognexisTokenizer"]

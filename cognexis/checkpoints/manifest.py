@@ -9,7 +9,7 @@ a checkpoint may carry a README or an optimizer state beside it.
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,32 +82,35 @@ def write_manifest(folder: Path, sources: dict[str, Path] | None = None) -> None
     if sources is None:
         sources = {path.name: path for path in folder.iterdir() if path.is_file()}
     named = {name: path for name, path in sorted(sources.items()) if kind_of(name)}
-    artifacts = []
-    for (name, path), checksum in zip(named.items(), file_checksums(named.values()), strict=True):
-        kind, required = kind_of(name) or ("", False)
-        artifacts.append(Artifact(name, kind, required, path.stat().st_size, checksum))
-    content = {"schema_version": MANIFEST_VERSION, "artifacts": [asdict(artifact) for artifact in artifacts]}
+    content = {"schema_version": MANIFEST_VERSION, "artifacts": [asdict(artifact) for artifact in _hashed(named)]}
     write_json(folder / MANIFEST_FILE, content)
 
 
-def refresh_manifest(folder: Path, kinds: Iterable[str]) -> None:
-    """Record that files of ``kinds`` in ``folder`` were rewritten; without a manifest there is nothing to do.
+def refresh_manifest(staging: Path, folder: Path) -> None:
+    """Write into ``staging`` the manifest that ``folder`` will need when the files in ``staging`` have joined it.
 
-    A manifest that cannot be read is removed: it says nothing that could be kept.
+    Files that ``staging`` does not hold keep the entry that they have, checked or not. Where ``folder`` has no
+    manifest, or one that cannot be read and so says nothing that could be kept, none is written.
     """
     if not (folder / MANIFEST_FILE).is_file():
         return
+    new = {path.name: path for path in staging.iterdir() if path.is_file() and kind_of(path.name)}
     try:
-        kept = [artifact for artifact in read_manifest(folder) if artifact.kind not in kinds]
+        artifacts = [artifact for artifact in read_manifest(folder) if artifact.path not in new]
     except CheckpointError:
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
         return
-    paths = sorted(path for path in folder.iterdir() if path.is_file() and (kind_of(path.name) or ("",))[0] in kinds)
-    for path, checksum in zip(paths, file_checksums(paths), strict=True):
-        kind, required = kind_of(path.name) or ("", False)
-        kept.append(Artifact(path.name, kind, required, path.stat().st_size, checksum))
-    artifacts = [asdict(artifact) for artifact in sorted(kept, key=lambda artifact: artifact.path)]
-    write_json(folder / MANIFEST_FILE, {"schema_version": MANIFEST_VERSION, "artifacts": artifacts})
+    artifacts += _hashed(new)
+    content = [asdict(artifact) for artifact in sorted(artifacts, key=lambda artifact: artifact.path)]
+    write_json(staging / MANIFEST_FILE, {"schema_version": MANIFEST_VERSION, "artifacts": content})
+
+
+def _hashed(paths: dict[str, Path]) -> list[Artifact]:
+    artifacts = []
+    for (name, path), checksum in zip(paths.items(), file_checksums(paths.values()), strict=True):
+        kind, required = kind_of(name) or ("", False)
+        artifacts.append(Artifact(name, kind, required, path.stat().st_size, checksum))
+    return artifacts
 
 
 def read_manifest(folder: Path) -> list[Artifact]:

@@ -82,13 +82,11 @@ def tokenizer_facts(folder: Path) -> dict[str, Any] | None:
     return {"tokenizer_checksum": content.get("checksum"), "chat_template": content.get("chat_template")}
 
 
-def record_tokenizer(folder: Path) -> None:
-    """Bring ``metadata.json`` and ``manifest.json`` up to date after a tokenizer was saved into a checkpoint."""
+def record_tokenizer(staging: Path, folder: Path) -> None:
+    """Write into ``staging``, which holds a tokenizer, the records of the checkpoint ``folder`` that it changes."""
     if (metadata := read_metadata(folder)) is not None:
-        write_json(folder / METADATA_FILE, metadata | (tokenizer_facts(folder) or {}))
-    refresh_manifest(
-        folder, ("tokenizer_model", "tokenizer_manifest", "tokenizer_config", "chat_template", "metadata")
-    )
+        write_json(staging / METADATA_FILE, metadata | (tokenizer_facts(staging) or {}))
+    refresh_manifest(staging, folder)
 
 
 def read_metadata(folder: Path) -> dict[str, Any] | None:

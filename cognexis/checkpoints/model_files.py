@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
+from cognexis.checkpoints.card_facts import CardFacts
 from cognexis.checkpoints.commit import finish_interrupted_save, staged_folder
 from cognexis.checkpoints.json_file import read_json, write_json
 from cognexis.checkpoints.manifest import (
@@ -54,6 +55,8 @@ class CheckpointFiles:
     _folder_writers: ClassVar[list[Any]] = []  # the package adds its own files: called with (folder, model)
     _build_id: ClassVar[str | None] = None  # of the package that saves; a model loaded without it keeps the one it had
     config: Any
+    card_facts: CardFacts | None = None
+    """What the model card shall say beyond what the model knows; the package writes the card at every save."""
 
     @property
     def training_record(self) -> TrainingRecord:

@@ -17,30 +17,31 @@ file. Where a checkpoint does without a folder, an import of it inside a functio
 so. Blocks under TYPE_CHECKING are dropped, because the loader would take their imports as requirements.
 """
 
-import dataclasses
 import functools
 import importlib.resources
 import os
+import re
 import uuid
 from pathlib import Path
 from typing import Any
 
 from cognexis.hub.flat_file import flatten, header_mark
-from cognexis.hub.module_graph import BundleLayout
+from cognexis.hub.module_graph import LOADER_PATTERNS, BundleLayout
 
 COGNEXIS = BundleLayout(
     root="cognexis",
-    entries=("configuration_cognexis", "modeling_cognexis"),
-    required=("configuration_cognexis", "modeling_cognexis"),
+    entries=("configuration_cognexis", "modeling_cognexis", "tokenization_cognexis"),
+    required=("configuration_cognexis", "modeling_cognexis", "tokenization_cognexis"),
     stays=("artifacts", "tasks", "safety", "training", "eval_harness", "serving", "hub", "cli", "__main__"),
 )
-# The tokenizer brings its code itself, into a folder with a model or without one.
-TOKENIZER = dataclasses.replace(COGNEXIS, entries=("tokenization_cognexis",), required=("tokenization_cognexis",))
+# A model and a tokenizer each bring their own code into a folder. What both need is the same file, whoever writes it.
+_MODEL_FILES = ("configuration_cognexis.py", "modeling_cognexis.py")
+_TOKENIZER_FILES = ("tokenization_cognexis.py",)
 _CORTEX_FOLDERS = ("cortex_layers",)
 
 
 def bundle_files(needs_cortex: bool = False) -> dict[str, str]:
-    """Generate the remote code of a checkpoint.
+    """Generate the remote code of a model.
 
     Args:
         needs_cortex: whether the checkpoint has Cortex layers; without them neither ``cortex_layers`` nor
@@ -52,7 +53,23 @@ def bundle_files(needs_cortex: bool = False) -> dict[str, str]:
     Raises:
         BundleError: if the package's code uses a form that cannot be flattened.
     """
-    return dict(_cached_bundle(() if needs_cortex else _CORTEX_FOLDERS))
+    return _reachable(_cached_bundle(() if needs_cortex else _CORTEX_FOLDERS), _MODEL_FILES)
+
+
+def tokenizer_files() -> dict[str, str]:
+    """Generate the remote code of a tokenizer: source text by file name, as in :func:`bundle_files`."""
+    return _reachable(_cached_bundle(_CORTEX_FOLDERS), _TOKENIZER_FILES)
+
+
+def _reachable(bundle: tuple[tuple[str, str], ...], entries: tuple[str, ...]) -> dict[str, str]:
+    """The files that ``entries`` import, directly or not, and themselves."""
+    files, found, open_ends = dict(bundle), set(entries), list(entries)
+    while open_ends:
+        text = files[open_ends.pop()]
+        needed = {f"{stem}.py" for pattern in LOADER_PATTERNS for stem in re.findall(pattern, text, re.MULTILINE)}
+        open_ends += needed - found
+        found |= needed
+    return {name: files[name] for name in sorted(found)}
 
 
 @functools.cache
@@ -75,7 +92,7 @@ def write_bundle(folder: str | os.PathLike[str], config: Any = None) -> list[str
     """
     files = bundle_files(needs_cortex(config))
     if Path(folder, "tokenization_cognexis.py").is_file():
-        files |= dict(_cached_tokenizer_code())
+        files |= tokenizer_files()
     return write_files(folder, files, COGNEXIS.root)
 
 
@@ -89,12 +106,7 @@ def write_tokenizer_code(folder: str | os.PathLike[str], tokenizer: Any = None) 
     Returns:
         The names of the files that make up the code, sorted.
     """
-    return write_files(folder, dict(_cached_tokenizer_code()), COGNEXIS.root, removes_others=False)
-
-
-@functools.cache
-def _cached_tokenizer_code() -> tuple[tuple[str, str], ...]:
-    return tuple(flatten(TOKENIZER, importlib.resources.files("cognexis")).items())
+    return write_files(folder, tokenizer_files(), COGNEXIS.root, removes_others=False)
 
 
 def needs_cortex(config: Any) -> bool:

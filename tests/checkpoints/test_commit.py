@@ -124,22 +124,30 @@ def test_other_files_of_an_existing_folder_stay(tmp_path):
     )
 
 
+def save_half_and_fail(folder: Path) -> None:
+    with staged_folder(folder) as staging:
+        (staging / "config.json").write_text("half")
+        raise ZeroDivisionError
+
+
 def test_a_save_that_raises_changes_nothing(tmp_path):
     folder = tmp_path / "checkpoint"
     save(folder, OLD)
     for target in (folder, tmp_path / "other"):
-        with pytest.raises(ZeroDivisionError), staged_folder(target) as staging:
-            (staging / "config.json").write_text("half")
-            raise ZeroDivisionError
+        with pytest.raises(ZeroDivisionError):
+            save_half_and_fail(target)
     assert weights_and_records(folder) == OLD
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_a_full_disk_is_a_checkpoint_error_and_changes_nothing(tmp_path):
     save(tmp_path / "checkpoint", OLD)
-    with pytest.raises(CheckpointError, match="cannot be saved: No space left"):
-        with staged_folder(tmp_path / "checkpoint"):
-            raise OSError(28, "No space left on device")
+    error = OSError(28, "No space left on device")
+    with (
+        pytest.raises(CheckpointError, match="cannot be saved: No space left"),
+        staged_folder(tmp_path / "checkpoint"),
+    ):
+        raise error
     assert weights_and_records(tmp_path / "checkpoint") == OLD
 
 
