@@ -408,6 +408,7 @@ class CognexisForCausalLM(CognexisPreTrainedModel, LoopedGenerationMixin):  # ty
             max_loops=max_loops,
             allow_extrapolation=allow_extrapolation,
             return_loop_stats=return_loop_stats,
+            return_dict=True,
             **kwargs,
         )
         logits = self.lm_head(_kept_positions(outputs.last_hidden_state, logits_to_keep))
@@ -476,6 +477,7 @@ class CognexisForSequenceClassification(CognexisPreTrainedModel):
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             num_loops=num_loops,
+            return_dict=True,
             **kwargs,
         )
         logits = self.score(outputs.last_hidden_state)
@@ -532,9 +534,8 @@ class CognexisForTokenClassification(CognexisPreTrainedModel):
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         """Logits ``[B, T, num_labels]``; the loss when ``labels`` ``[B, T]`` are given (-100 is left out)."""
-        outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, num_loops=num_loops, **kwargs
-        )
+        given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        outputs = self.model(*given, num_loops=num_loops, return_dict=True, **kwargs)
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else self.loss_function(logits, labels, self.config)
         return TokenClassifierOutput(
@@ -565,9 +566,8 @@ class CognexisForQuestionAnswering(CognexisPreTrainedModel):
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
         """Logits ``[B, T]`` of the start and of the end; the loss when both positions ``[B]`` are given."""
-        outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, num_loops=num_loops, **kwargs
-        )
+        given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        outputs = self.model(*given, num_loops=num_loops, return_dict=True, **kwargs)
         start, end = (x.contiguous() for x in self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1))
         loss = None
         if start_positions is not None and end_positions is not None:

@@ -890,3 +890,11 @@ def test_loss_mask_reaches_the_loss() -> None:
     weighted = model(ids, labels=ids, loss_mask=mask).loss
     cut = model(ids, labels=ids.masked_fill(mask == 0, -100)).loss
     torch.testing.assert_close(weighted, cut, rtol=1e-6, atol=0)  # float32 sums in another order
+
+
+def test_a_configuration_may_ask_for_tuples():
+    ids = torch.arange(6)[None]
+    model = tiny_model(tiny_config(return_dict=False))
+    output = model(ids)
+    assert isinstance(output, tuple)
+    assert torch.equal(output[0], tiny_model()(ids).logits)

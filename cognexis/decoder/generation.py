@@ -26,6 +26,7 @@ from cognexis.decoder.request_checks import check_generation_values, check_lengt
 from cognexis.errors import InvalidConfigError, NonFiniteError, ShapeMismatchError
 from cognexis.looping.options import LOOP_KEYWORDS, resolve_loop_options
 from cognexis.looping.trace import LoopRecorder
+from cognexis.tokens.match import check_tokenizer_match
 
 _LOOP_SETTINGS = tuple(name for name in LOOP_KEYWORDS if name != "return_loop_stats")
 _REFUSED_MODES = {
@@ -151,6 +152,7 @@ class LoopedGenerationMixin(_GenerationMixin):
                 work, a prompt that leaves no position to write to.
             ShapeMismatchError, InvalidTokenIdError: a prompt or mask of the wrong shape, dtype or range.
             NonFiniteError: the logits are NaN or infinite.
+            ArtifactMismatchError: ``tokenizer`` or the streamer's is not the one that the configuration names.
         """
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         check_prompt(self.config, prompt, kwargs)
@@ -159,6 +161,9 @@ class LoopedGenerationMixin(_GenerationMixin):
         if stats is None:
             stats = _first_set("return_loop_stats", generation_config, self.generation_config)
         streamer = kwargs.get("streamer")
+        tokenizer = kwargs.get("tokenizer") or getattr(streamer, "tokenizer", None)
+        if tokenizer is not None and self.config.tokenizer_checksum is not None:
+            check_tokenizer_match(self.config, tokenizer)
         is_watched = streamer is not None and hasattr(streamer, "watch")
         if not stats and not is_watched:
             return self._generate(inputs, generation_config, kwargs)

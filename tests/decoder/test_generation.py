@@ -24,11 +24,13 @@ from transformers import (
     QuantizedCache,
     pipeline,
 )
-from transformers.generation.streamers import BaseStreamer
+from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from cognexis import CognexisCache, CognexisGenerateBeamOutput, CognexisGenerateOutput
+from cognexis.artifacts.tokenizer_training import byte_reference_tokenizer
 from cognexis.decoder.streaming import StepEvent, StepEventStreamer
 from cognexis.errors import (
+    ArtifactMismatchError,
     BudgetExceededError,
     CognexisError,
     InvalidConfigError,
@@ -1046,3 +1048,14 @@ def test_a_prompt_of_invalid_ids_is_refused_before_any_forward(model: Any) -> No
         with counted_loops(model) as applications, pytest.raises(InvalidTokenIdError) as caught:
             model.generate(torch.tensor([[3, bad, 5]]), max_new_tokens=2)
         assert (caught.value.token_id, applications) == (bad, [])
+
+
+def test_a_tokenizer_that_is_not_the_models_is_refused_wherever_generate_sees_it():
+    tokenizer = byte_reference_tokenizer()
+    model = tiny_model(tiny_config(vocab_size=len(tokenizer), tokenizer_checksum="sha256:" + "0" * 64))
+    ids = torch.tensor([[0, 20, 30]])
+    for keywords in ({"tokenizer": tokenizer, "stop_strings": "x"}, {"streamer": TextStreamer(tokenizer)}):
+        with pytest.raises(ArtifactMismatchError, match="sha256:0000"):
+            model.generate(ids, max_new_tokens=2, **keywords)
+    model.config.tokenizer_checksum = tokenizer.checksum
+    assert model.generate(ids, max_new_tokens=2, tokenizer=tokenizer, stop_strings="x").shape[0] == 1
