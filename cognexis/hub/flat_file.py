@@ -102,9 +102,7 @@ class FlatFile:
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def _header(self) -> str:
-        start = (self.graph.package / "__init__.py").read_text(encoding="utf-8")
-        version = re.search(r'^__version__ = "(.+)"', start, re.MULTILINE)
-        mark = f"{header_mark(self.graph.layout.root)}{version[1] if version else '(no version)'}"
+        mark = f"{header_mark(self.graph.layout.root)}{version_of(self.graph.package)}"
         lines = ["# SPDX-License-Identifier: Apache-2.0", f"{mark}; do not edit, every save writes it anew."]
         first = self.modules[0]
         if len(self.modules) > 1:
@@ -242,6 +240,13 @@ class FlatFile:
                     if isinstance(use, ast.Name) and use.id == name:
                         owner = self.owners[name].module.label
                         raise module.error(use, f"{name} would no longer be the built-in one, because of {owner}")
+
+
+def version_of(package: Traversable) -> str:
+    """The version that the package's ``__init__.py`` states."""
+    start = (package / "__init__.py").read_text(encoding="utf-8")
+    version = re.search(r'^__version__ = "(.+)"', start, re.MULTILINE)
+    return version[1] if version else "(no version)"
 
 
 def header_mark(root: str) -> str:

@@ -24,10 +24,13 @@ import torch
 
 from cognexis.artifacts.text_corpus import Corpus, standard_library_corpus
 from cognexis.artifacts.tokenizer_training import train_tokenizer
+from cognexis.checkpoints.card_facts import CardFacts, DepthScore
+from cognexis.checkpoints.hashing import file_checksum
+from cognexis.checkpoints.metadata import TrainingRecord
 from cognexis.errors import CheckpointError, InvalidConfigError
 from cognexis.training.quickstart_reload import __file__ as reload_script
 from cognexis.training.quickstart_reload import mean_loss, pack_rows, spread_rows
-from cognexis.training.quickstart_training import QuickstartSettings, TrainingRecord, build_model, train
+from cognexis.training.quickstart_training import QuickstartSettings, TrainingResult, build_model, train
 
 _RESULT_FILE = "quickstart.json"
 _LOSS_TOLERANCE = 1e-5
@@ -54,7 +57,7 @@ class QuickstartResult:
     output_dir: str
     data: dict[str, Any]
     num_parameters: int
-    training: TrainingRecord
+    training: TrainingResult
     loss_before_saving: dict[int, float]
     """Loop count -> held-out loss of the model in memory."""
     model_class: str
@@ -127,10 +130,17 @@ def run_quickstart(settings: QuickstartSettings, report: Callable[[str], None] |
     model.eval()
     loss_before_saving = {num_loops: mean_loss(model, held_out, num_loops) for num_loops in settings.depths}
     clock.end("evaluation")
-    model.save_pretrained(settings.output_dir)
-    tokenizer.save_pretrained(settings.output_dir)
     manifest = {"training": training_text.manifest(), "held_out": held_out_text.manifest()}
     _write_json(settings.output_dir / "data_manifest.json", manifest)
+    model.training_record = TrainingRecord(
+        checkpoint_step=training.steps,
+        training_tokens_seen=training.tokens,
+        data_manifest_checksum=file_checksum(settings.output_dir / "data_manifest.json"),
+        sampled_loops=training.loop_histogram,
+    )
+    model.config.tokenizer_checksum = tokenizer.checksum
+    model.save_pretrained(settings.output_dir)
+    tokenizer.save_pretrained(settings.output_dir)
     clock.end("saving")
 
     answer = reload_and_measure(settings, held_out_text)
@@ -147,6 +157,8 @@ def run_quickstart(settings: QuickstartSettings, report: Callable[[str], None] |
         seconds=clock.seconds,
     )
     check_same_loss(result)
+    model.card_facts = _card_facts(corpus, result)
+    model.save_pretrained(settings.output_dir)  # again, now that the card can name what was measured
     _write_json(settings.output_dir / _RESULT_FILE, asdict(result))
     report(_summary(result))
     return result
@@ -225,6 +237,20 @@ def _claim(folder: Path) -> None:
         _write_json(folder / _RESULT_FILE, {})  # replaced at the end; until then it marks the folder as ours
     except OSError as error:
         raise InvalidConfigError(f"output folder {folder} cannot be used: {error.strerror}") from error
+
+
+def _card_facts(corpus: Corpus, result: QuickstartResult) -> CardFacts:
+    return CardFacts(
+        name="cognexis-tiny, quickstart",
+        license="apache-2.0",
+        language=("en", "code"),
+        summary=f"A demonstration: about one million parameters, trained for minutes on {corpus.package} "
+        f"({corpus.version}, {corpus.licence}). It shows that one checkpoint runs at many depths; it knows little.",
+        scores=tuple(
+            DepthScore(f"{corpus.package}, held out", "loss", depth.loss, depth.num_loops, depth.flops_per_token)
+            for depth in result.depths
+        ),
+    )
 
 
 def _first_characters(corpus: Corpus, num_characters: int) -> Iterator[str]:

@@ -90,7 +90,7 @@ class QuickstartSettings:
 
 
 @dataclass(frozen=True)
-class TrainingRecord:
+class TrainingResult:
     """What the training loop did."""
 
     steps: int
@@ -146,7 +146,7 @@ def learning_rate_share(progress: float, warmup_share: float) -> float:
     return warmup * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train(model: CognexisForCausalLM, rows: Tensor, settings: QuickstartSettings, seconds: float) -> TrainingRecord:
+def train(model: CognexisForCausalLM, rows: Tensor, settings: QuickstartSettings, seconds: float) -> TrainingResult:
     """Train for ``seconds``, or for ``settings.steps`` steps; one step at least. Progress is shown on stderr."""
     start = time.perf_counter()
     num_threads = _choose_threads(model, rows[: settings.rows_per_step])
@@ -173,7 +173,7 @@ def train(model: CognexisForCausalLM, rows: Tensor, settings: QuickstartSettings
         histogram[num_loops] += 1
         display.update(elapsed, step=step, loss=_recent_mean(losses), num_loops=num_loops)
     display.close()
-    return TrainingRecord(
+    return TrainingResult(
         steps=len(losses),
         tokens=len(losses) * settings.rows_per_step * settings.row_length,
         seconds=time.perf_counter() - start,

@@ -30,8 +30,10 @@ TOY = BundleLayout("toy", entries=("configuration_toy", "modeling_toy"), stays=(
 NUMBERS = itertools.count()
 ENTRY = {"toy/configuration_toy.py": "DEPTH = 2\n"}
 
-# A folder's code needs torch and transformers; the others are requirements of transformers itself.
-COMES_WITH_TRANSFORMERS = {"torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "yaml"}
+# A folder's code needs torch and transformers; the others are requirements of these two.
+COMES_WITH_TRANSFORMERS = {
+    *("torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "yaml", "jinja2")
+}
 
 
 def make_package(folder: Path, files: dict[str, str]) -> Path:

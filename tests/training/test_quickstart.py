@@ -18,7 +18,7 @@ from cognexis.training.quickstart import DepthResult, QuickstartResult, check_sa
 from cognexis.training.quickstart_reload import bytes_per_token, mean_loss, pack_rows, spread_rows
 from cognexis.training.quickstart_training import (
     QuickstartSettings,
-    TrainingRecord,
+    TrainingResult,
     build_model,
     draw_loops,
     learning_rate_share,
@@ -169,7 +169,7 @@ def test_run_ends_with_a_checked_table_and_all_files(small):
 
 def result_with(loss: float, expected: float) -> QuickstartResult:
     depth = DepthResult(2, 4, loss, 1.0, 1.0, 1e6, 10.0, "")
-    record = TrainingRecord(1, 1, 1.0, 1.0, {}, 1)
+    record = TrainingResult(1, 1, 1.0, 1.0, {}, 1)
     return QuickstartResult("", {}, 1, record, {2: expected}, "", [depth], "", {})
 
 
