@@ -34,7 +34,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 from cognexis.errors import InvalidConfigError, TokenizerError
 from cognexis.tokenization_cognexis import CognexisTokenizer
-from cognexis.tokens.chat_template import CHAT_TEMPLATE
+from cognexis.tokens.chatml import CHAT_TEMPLATE
 from cognexis.tokens.layout import BYTE_TOKENS, CONTROL_TOKENS, TOKENIZER_TYPES
 
 SPLIT_PATTERN = "|".join(

@@ -9,11 +9,12 @@ from transformers import PreTrainedTokenizerFast
 
 from cognexis.errors import InvalidConfigError, TokenizerError
 from cognexis.tokens import chat_template as module
-from cognexis.tokens.chat_template import CHAT_TEMPLATE, chat_template_id, plain_data
+from cognexis.tokens.chat_template import chat_template_id, plain_data
+from cognexis.tokens.chatml import CHAT_TEMPLATE, ROLES
 from cognexis.tokens.layout import CONTROL_TOKENS
+from tests.batteries import chats
 from tests.batteries.chats import (
     JOINING_TEMPLATE,
-    ROLES,
     control_tokens_in,
     hostile_chat,
     own_control_tokens,
@@ -362,4 +363,4 @@ def test_no_private_use_character_left_is_refused(tokenizer):
 
 
 def test_roles_of_the_battery_are_all_roles():
-    assert ROLES == module.ROLES
+    assert chats.ROLES == ROLES
