@@ -31,9 +31,7 @@ NUMBERS = itertools.count()
 ENTRY = {"toy/configuration_toy.py": "DEPTH = 2\n"}
 
 # A folder's code needs torch and transformers; the others are requirements of these two.
-COMES_WITH_TRANSFORMERS = {
-    *("torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "yaml", "jinja2")
-}
+COMES_WITH_TRANSFORMERS = {*("torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "numpy", "yaml")}
 
 
 def make_package(folder: Path, files: dict[str, str]) -> Path:
