@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
+from cognexis.checkpoints.adapters import check_adapter
 from cognexis.checkpoints.card_facts import CardFacts
 from cognexis.checkpoints.commit import finish_interrupted_save, staged_folder
 from cognexis.checkpoints.json_file import read_json, write_json
@@ -110,6 +111,17 @@ class CheckpointFiles:
             writer(folder, self, target)
         kept = {path.name: path for path in _files(target) if not _is_replaced(path.name, variant)}
         write_manifest(folder, kept | {path.name: path for path in _files(folder)})
+
+    def load_adapter(self, peft_model_id: Any = None, adapter_name: str | None = None, **kwargs: Any) -> Any:
+        """As in transformers; an adapter that does not fit the model is refused before anything is changed.
+
+        Raises:
+            CheckpointError: see ``check_adapter``.
+        """
+        if peft_model_id is not None and kwargs.get("hotswap", "auto") in (False, "auto"):
+            check_adapter(self, Path(peft_model_id), adapter_name or "default")
+        load: Any = super().load_adapter  # type: ignore[misc]
+        return load(peft_model_id, adapter_name, **kwargs)
 
     @classmethod
     def from_pretrained(
