@@ -3,7 +3,9 @@
     python benchmarks/hashing_speed.py [--mebibytes 1024] [--repeats 3]
 
 Four files of random bytes are written, read once so that they are in memory, and hashed by both in turns; the best of
-the repeats counts. The checksums are compared before anything is timed. Writes ``benchmarks/results/hashing_speed.md``.
+the repeats counts. The checksums are compared before anything is timed.
+
+Writes ``benchmarks/results/hashing_speed.md``.
 """
 
 import argparse
