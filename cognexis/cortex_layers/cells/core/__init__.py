@@ -1,0 +1,1 @@
+"""Memory cells and what is built from them."""

@@ -1,0 +1,1 @@
+"""Operations on plain tensors, each in up to three forms: reference, vectorised, Triton."""
