@@ -23,7 +23,7 @@ class CellConfig(_Config):
     """Base of all cell configurations; subclass it for a cell of your own and give ``cell_type`` a default."""
 
     cell_type: str = ""
-    hidden_size: int | None = Field(None, ge=1)
+    hidden_size: int | None = Field(default=None, ge=1)
 
 
 class BlockConfig(_Config):
@@ -94,11 +94,11 @@ class AxonConfig(CellConfig):
 
     cell_type: str = "axon"
     activation: str = "identity"
-    r_max: float = Field(1.0, gt=0, le=1)
-    r_min: float = Field(0.0, ge=0, lt=1)
-    max_phase: float = Field(6.28, gt=0)
-    out_dim: int | None = Field(None, ge=1)
-    cuda_seq_threshold: int = Field(5000, ge=1)
+    r_max: float = Field(default=1.0, gt=0, le=1)
+    r_min: float = Field(default=0.0, ge=0, lt=1)
+    max_phase: float = Field(default=6.28, gt=0)
+    out_dim: int | None = Field(default=None, ge=1)
+    cuda_seq_threshold: int = Field(default=5000, ge=1)
     use_srht: bool = False
     srht_permute: bool = True
     use_fullrank_rtu: bool = False
@@ -127,26 +127,26 @@ class LSTMCellConfig(CellConfig):
     """``torch.nn.LSTM`` with a TensorDict state."""
 
     cell_type: str = "lstm"
-    num_layers: int = Field(1, ge=1)
+    num_layers: int = Field(default=1, ge=1)
     bias: bool = True
-    dropout: float = Field(0.0, ge=0, lt=1)
-    proj_size: int = Field(0, ge=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    proj_size: int = Field(default=0, ge=0)
 
 
 class GRUCellConfig(CellConfig):
     """``torch.nn.GRU`` with a TensorDict state."""
 
     cell_type: str = "gru"
-    num_layers: int = Field(1, ge=1)
+    num_layers: int = Field(default=1, ge=1)
     bias: bool = True
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
 
 
 class CausalConv1dConfig(CellConfig):
     """A causal convolution over time; ``kernel_size=0`` is the identity."""
 
     cell_type: str = "cconv"
-    kernel_size: int = Field(4, ge=0)
+    kernel_size: int = Field(default=4, ge=0)
     causal_conv_bias: bool = True
     channel_mixing: bool = False
 
@@ -157,7 +157,7 @@ class CausalConv1dConfig(CellConfig):
 
 
 class _Heads(CellConfig):
-    num_heads: int = Field(4, ge=1)
+    num_heads: int = Field(default=4, ge=1)
 
     @model_validator(mode="after")
     def _divides(self) -> "_Heads":
@@ -170,8 +170,8 @@ class mLSTMCellConfig(_Heads):
     """Matrix LSTM: an outer-product memory per head, exponential gates, chunkwise training."""
 
     cell_type: str = "mlstm"
-    chunk_size: int = Field(64, ge=1)
-    conv1d_kernel_size: int = Field(4, ge=0)
+    chunk_size: int = Field(default=64, ge=1)
+    conv1d_kernel_size: int = Field(default=4, ge=0)
     use_axon_layer: bool = False
     use_axon_qkv: bool = False
     axon_layer_config: AxonConfig | None = None
@@ -182,8 +182,8 @@ class sLSTMCellConfig(_Heads):
     """Scalar LSTM: exponential gates and a recurrent matrix per head."""
 
     cell_type: str = "slstm"
-    conv1d_kernel_size: int = Field(4, ge=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    conv1d_kernel_size: int = Field(default=4, ge=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     use_axon_layer: bool = False
     axon_layer_config: AxonConfig | None = None
 
@@ -192,11 +192,11 @@ class XLCellConfig(CellConfig):
     """Attention with relative positions over a rolling memory of past inputs."""
 
     cell_type: str = "xl"
-    n_heads: int = Field(4, ge=1)
-    head_dim: int | None = Field(None, ge=1)
-    mem_len: int = Field(128, ge=0)
-    attn_dropout: float = Field(0.0, ge=0, le=1)
-    out_dropout: float = Field(0.0, ge=0, le=1)
+    n_heads: int = Field(default=4, ge=1)
+    head_dim: int | None = Field(default=None, ge=1)
+    mem_len: int = Field(default=128, ge=0)
+    attn_dropout: float = Field(default=0.0, ge=0, le=1)
+    out_dropout: float = Field(default=0.0, ge=0, le=1)
     use_bias: bool = True
     use_axon_qkv: bool = False
     axon_qkv_config: AxonConfig | None = None
@@ -213,12 +213,12 @@ class AGaLiTeCellConfig(CellConfig):
     """Gated linear attention with oscillating low-rank memories."""
 
     cell_type: str = "agalite"
-    n_heads: int = Field(8, ge=1)
-    head_dim: int | None = Field(None, ge=1)
-    eta: int = Field(6, ge=1)
-    r: int = Field(2, ge=1)
-    eps: float = Field(1e-5, gt=0)
-    dropout: float = Field(0.0, ge=0, le=1)
+    n_heads: int = Field(default=8, ge=1)
+    head_dim: int | None = Field(default=None, ge=1)
+    eta: int = Field(default=6, ge=1)
+    r: int = Field(default=2, ge=1)
+    eps: float = Field(default=1e-5, gt=0)
+    dropout: float = Field(default=0.0, ge=0, le=1)
     detach_memory: bool = True
 
     @model_validator(mode="after")
@@ -239,12 +239,12 @@ class HFLlamaLayerConfig(CellConfig):
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     cell_type: str = "hf_llama_layer"
-    mem_len: int = Field(0, ge=0)
+    mem_len: int = Field(default=0, ge=0)
     inplace_cache: bool = False
     detach_memory: bool = True
-    hf_layer: Any = Field(None, exclude=True, repr=False)
-    hf_submodel: Any = Field(None, exclude=True, repr=False)
-    hf_config: Any = Field(None, exclude=True, repr=False)
+    hf_layer: Any = Field(default=None, exclude=True, repr=False)
+    hf_submodel: Any = Field(default=None, exclude=True, repr=False)
+    hf_config: Any = Field(default=None, exclude=True, repr=False)
 
 
 # -- blocks --------------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ class PreUpBlockConfig(BlockConfig):
     """Project up, run the cell at the inner width, gate, project down, add."""
 
     block_type: str = "preup"
-    proj_factor: float = Field(2.0, gt=0)
+    proj_factor: float = Field(default=2.0, gt=0)
     activate_cell_input: bool = True
 
     def get_cell_hidden_size(self, d_hidden: int) -> int:
@@ -272,7 +272,7 @@ class PostUpBlockConfig(BlockConfig):
     """The cell at the stack's width, then a feed-forward layer, each with a residual."""
 
     block_type: str = "postup"
-    proj_factor: float = Field(1.5, gt=0)
+    proj_factor: float = Field(default=1.5, gt=0)
     gated: bool = True
 
 
@@ -280,7 +280,7 @@ class PostUpGatedBlockConfig(BlockConfig):
     """Like post-up, with gates of a GRU in place of the residuals."""
 
     block_type: str = "postup_gated"
-    proj_factor: float = Field(1.5, gt=0)
+    proj_factor: float = Field(default=1.5, gt=0)
     gru_bias: float = 2.0
 
 
@@ -291,8 +291,8 @@ class AdapterBlockConfig(BlockConfig):
 
     block_type: str = "adapter"
     base_block: AnyBlock
-    bottleneck: int = Field(64, ge=1)
-    dropout: float = Field(0.0, ge=0, le=1)
+    bottleneck: int = Field(default=64, ge=1)
+    dropout: float = Field(default=0.0, ge=0, le=1)
     per_channel_gate: bool = False
     activation: str = "gelu"
 
@@ -309,15 +309,15 @@ class AdapterBlockConfig(BlockConfig):
 class RouterConfig(_Config):
     """How a column weighs its experts: a global prior, and a refinement per token."""
 
-    d_key: int | None = Field(None, ge=1)
-    temperature: float = Field(1.0, gt=0)
-    top_k: int | None = Field(None, ge=1)
+    d_key: int | None = Field(default=None, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    top_k: int | None = Field(default=None, ge=1)
     use_sqrt_scale: bool = True
-    init_scale_wq: float = Field(0.0, ge=0)
-    init_scale_wk: float | None = Field(None, ge=0)
-    d_key_local: int | None = Field(None, ge=1)
-    local_temperature: float = Field(1.0, gt=0)
-    whisper_lambda: float = Field(0.1, ge=0)
+    init_scale_wq: float = Field(default=0.0, ge=0)
+    init_scale_wk: float | None = Field(default=None, ge=0)
+    d_key_local: int | None = Field(default=None, ge=1)
+    local_temperature: float = Field(default=1.0, gt=0)
+    whisper_lambda: float = Field(default=0.1, ge=0)
     center_refine: bool = True
     restrict_to_topk: bool = True
 
@@ -334,7 +334,7 @@ class ColumnBlockConfig(BlockConfig):
     block_type: str = "column"
     experts: list[AnyBlock] = Field(min_length=1)
     router: RouterConfig = Field(default_factory=lambda: RouterConfig())
-    alpha_init: float = Field(0.01, ge=0)
+    alpha_init: float = Field(default=0.01, ge=0)
 
     @model_validator(mode="after")
     def _check(self) -> "ColumnBlockConfig":
