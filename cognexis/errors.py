@@ -82,7 +82,7 @@ class InvalidConfigError(CognexisError, ValueError):
         faults: Sequence[ConfigFault] = (),
     ) -> None:
         super().__init__(message)
-        self.faults = list(faults) or [ConfigFault._of(message, path or "", value, reason or message)]
+        self.faults = list(faults) or [ConfigFault(path or "", value, reason or message)]
         self.path = self.faults[0].path if faults else path
         self.value = self.faults[0].value if faults else value
         self.reason = self.faults[0].reason if faults else reason

@@ -136,8 +136,8 @@ class CheckpointFiles:
 
         Args:
             verify: "strict" demands a manifest that matches and no tensor without a place; "warn" reports what does
-                not match; "off" compares nothing. None: a folder without a manifest is reported, one that does not
-                match its manifest is refused.
+                not match; "off" compares nothing and leaves missing tensors to transformers, which initialises them.
+                None: a folder without a manifest is reported, one that does not match its manifest is refused.
             allow_nonfinite: load weights that are NaN or infinite.
 
         Raises:
@@ -167,7 +167,8 @@ class CheckpointFiles:
         if not isinstance(config, PreTrainedConfig):  # not of our class: each loaded file has a copy of its own
             if config is None and not (folder / "config.json").is_file():
                 raise CheckpointError(f"{folder}: has no config.json")
-            known = {key: kwargs[key] for key in _FETCH_KEYWORDS if key in kwargs}
+            fields = (*_FETCH_KEYWORDS, *cls.config_class.__dataclass_fields__)  # type: ignore[attr-defined]
+            known = {key: kwargs[key] for key in fields if key in kwargs and key != "dtype"}
             config = cls.config_class.from_pretrained(config or name, **known)  # type: ignore[attr-defined]
         headers = {}
         is_quantized = getattr(config, "quantization_config", None) is not None
@@ -176,12 +177,13 @@ class CheckpointFiles:
             headers = read_headers(_require_weights(folder, kwargs.get("variant")))
             with torch.device("meta"):
                 skeleton: Any = cast(Any, cls)(copy.deepcopy(config), *model_args)
-            check_weights(
-                skeleton,
-                headers,
-                allow_other_shapes=bool(kwargs.get("ignore_mismatched_sizes")),
-                allow_unknown=verify != "strict",
-            )
+            if verify != "off":
+                check_weights(
+                    skeleton,
+                    headers,
+                    allow_other_shapes=bool(kwargs.get("ignore_mismatched_sizes")),
+                    allow_unknown=verify != "strict",
+                )
         loaded = load(name, *model_args, **kwargs | {"use_safetensors": True})
         model = loaded[0] if kwargs.get("output_loading_info") else loaded
         if not allow_nonfinite and headers:

@@ -467,3 +467,9 @@ def test_a_configuration_saved_alone_keeps_the_manifest_true(folder):
     config.default_loops = 1
     config.save_pretrained(folder)
     assert CognexisForCausalLM.from_pretrained(folder, verify="strict").config.default_loops == 1
+
+
+def test_settings_beside_the_name_count_when_the_weights_are_checked(folder):
+    assert CognexisForCausalLM.from_pretrained(folder, default_loops=1).config.default_loops == 1
+    with pytest.raises(CheckpointError, match="no such tensor"):
+        CognexisForCausalLM.from_pretrained(folder, num_coda_blocks=0)

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import yaml
 
 from cognexis.configuration_rules import MAX_DEPTH, parse_json
-from cognexis.errors import InvalidConfigError
+from cognexis.errors import ConfigFault, InvalidConfigError
 
 MAX_BYTES = 256 * 2**10
 MAX_NODES = 50_000
@@ -51,7 +51,8 @@ def read_document(source: str | bytes | Path) -> dict[str, Any]:
 def _read_file(path: Path) -> dict[str, Any]:
     try:
         if not path.is_file():
-            raise InvalidConfigError(f"{path}: no such file", path=str(path), reason="no such file")
+            fault = ConfigFault(str(path), reason="no such file")
+            raise InvalidConfigError(fault, faults=[fault])
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:  # a name with a NUL byte is a ValueError
