@@ -86,6 +86,17 @@ def register_config(config_class: type[CellConfig] | type[BlockConfig]) -> str:
     return tag
 
 
+def get_registered_cell_config(cell_type: str) -> type[CellConfig]:
+    """The class of a cell's tag.
+
+    Raises:
+        ValueError: no class has it.
+    """
+    if cell_type not in _CELLS:
+        raise ValueError(f"cell_type={cell_type!r}: must be one of {', '.join(sorted(_CELLS))}")
+    return _CELLS[cell_type]
+
+
 # -- cells ---------------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ import copy
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def run(module: Any, x: Tensor, resets: Tensor | None = None, cuts: Any = (), st
     """Run a sequence in pieces that end at ``cuts``."""
     outputs = []
     borders = [0, *cuts, x.shape[1]]
-    for start, end in zip(borders, borders[1:], strict=False):
+    for start, end in pairwise(borders):
         y, state = module(x[:, start:end], state, resets=None if resets is None else resets[:, start:end])
         outputs.append(y)
     return torch.cat(outputs, 1), state
@@ -351,7 +352,7 @@ def a_saved_module_comes_back(unit: Unit) -> None:
 def sixteen_bits_come_near(unit: Unit) -> None:
     """The error of bfloat16 (8 bits: 0.4 % per operation) adds up over tokens; see ``Unit.coarse``."""
     module = copy.deepcopy(unit.module).bfloat16().eval()
-    x = unit.tokens(dtype=torch.bfloat16)
+    x = unit.tokens(dtype=torch.bfloat16).requires_grad_()
     expected, _ = run(copy.deepcopy(module).double(), x.double(), RESETS)
     y, _ = run(module, x, RESETS)
     assert_near(y.double() / expected.abs().max(), expected / expected.abs().max(), "output", unit.coarse)

@@ -1,1 +1,25 @@
-"""Memory cells and what is built from them."""
+"""Memory cells and what is built from them.
+
+:data:`CELLS` is the table of what the package brings; ``register_cell`` adds to it.
+"""
+
+from cognexis.cortex_layers.cells.base import MemoryCell
+from cognexis.cortex_layers.cells.conv import CausalConv1d
+from cognexis.cortex_layers.cells.registry import build_cell, get_cell_class, get_cell_config_class, register_cell
+from cognexis.cortex_layers.config import CausalConv1dConfig, CellConfig
+
+CELLS: dict[type[CellConfig], type[MemoryCell]] = {
+    CausalConv1dConfig: CausalConv1d,
+}
+for _config, _cell in CELLS.items():
+    register_cell(_config)(_cell)
+
+__all__ = [
+    "CELLS",
+    "CausalConv1d",
+    "MemoryCell",
+    "build_cell",
+    "get_cell_class",
+    "get_cell_config_class",
+    "register_cell",
+]
