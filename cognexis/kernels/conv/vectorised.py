@@ -15,7 +15,7 @@ def causal_conv_vectorised(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`cognexis.kernels.conv.causal_conv`."""
     wide = wide_dtype(x, weight)
-    rows, length, width = x.shape
+    rows, length = x.shape[:2]
     taps = weight.shape[2]
     inputs = torch.cat([window.to(wide), x.to(wide)], 1)  # [B, K + T, F]
     episode = None
