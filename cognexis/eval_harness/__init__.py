@@ -1,0 +1,1 @@
+"""Evaluations: what trained memory stacks can do, measured on tasks with known answers."""
