@@ -75,3 +75,6 @@ def gru_token() -> BlockConfig:
 @register_token("C")
 def conv_token() -> BlockConfig:
     return PassThroughBlockConfig(cell=CausalConv1dConfig())
+
+
+BUILT_IN_TOKENS = ("A", "Ag", "X", "X^", "M", "M^", "S", "S^", "L", "G", "C")

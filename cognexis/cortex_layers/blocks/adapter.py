@@ -3,8 +3,9 @@
     y = wrapped_block(x)
     out = y + gate * up(dropout(act(down(ln(y)))))
 
-The gate starts at zero, so the block starts as exactly the wrapped one. ``up`` starts small and not at zero: with both
-at zero neither would ever get a gradient. The state is ``{"wrapped": state of the wrapped block}``. D width of the stack.
+The gate starts at zero, so the block starts as exactly the wrapped one. ``up`` starts small and not at zero: with
+both at zero neither would ever get a gradient. The state is ``{"wrapped": state of the wrapped block}``. D width of
+the stack.
 Source: Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP"; the gate is of ReZero (Bachlechner 2020).
 """
 
@@ -35,7 +36,9 @@ class AdapterBlock(BaseBlock):
     def __init__(self, config: AdapterBlockConfig, d_hidden: int, cell: MemoryCell | None = None) -> None:
         super().__init__(d_hidden)
         base = config.base_block
-        self.wrapped_block = build_block_at_width(base, d_hidden) if cell is None else build_block(base, d_hidden, cell)
+        self.wrapped_block = (
+            build_block_at_width(base, d_hidden) if cell is None else build_block(base, d_hidden, cell)
+        )
         self.ln = nn.LayerNorm(d_hidden)
         self.down = nn.Linear(d_hidden, config.bottleneck)
         self.act = _ADAPTER_ACTIVATIONS[config.activation]()

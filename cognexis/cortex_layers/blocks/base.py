@@ -44,9 +44,7 @@ class BaseBlock(nn.Module, ABC):
     def forward(self, x: Tensor, state: MaybeState, *, resets: ResetMask | None = None) -> tuple[Tensor, MaybeState]:
         """Consume ``[B, D]`` or ``[B, T, D]``; return output of the same form and the new state."""
 
-    def run_cell(
-        self, x: Tensor, state: MaybeState, resets: ResetMask | None = None
-    ) -> tuple[Tensor, TensorDict]:
+    def run_cell(self, x: Tensor, state: MaybeState, resets: ResetMask | None = None) -> tuple[Tensor, TensorDict]:
         """Run the cell on its part of the block's state; return its output and the block's new state."""
         cell, name = self.the_cell(), self.state_key
         y, cell_state = cell(x, child_state(state, name), resets=resets)

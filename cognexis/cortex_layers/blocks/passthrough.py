@@ -9,6 +9,7 @@ from cognexis.cortex_layers.blocks.base import BaseBlock
 from cognexis.cortex_layers.blocks.registry import register_block
 from cognexis.cortex_layers.cells.base import MemoryCell
 from cognexis.cortex_layers.config import PassThroughBlockConfig
+from cognexis.cortex_layers.state import check_input
 from cognexis.cortex_layers.types import MaybeState, ResetMask
 
 
@@ -22,5 +23,6 @@ class PassThroughBlock(BaseBlock):
         self.residual = config.residual
 
     def forward(self, x: Tensor, state: MaybeState, *, resets: ResetMask | None = None) -> tuple[Tensor, MaybeState]:
+        check_input(x, self.d_hidden, type(self).__name__)
         y, next_state = self.run_cell(x, state, resets)
         return (x + y if self.residual else y), next_state

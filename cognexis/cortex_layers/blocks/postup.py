@@ -14,6 +14,7 @@ from cognexis.cortex_layers.blocks.base import BaseBlock, layer_norm
 from cognexis.cortex_layers.blocks.registry import register_block
 from cognexis.cortex_layers.cells.base import MemoryCell
 from cognexis.cortex_layers.config import PostUpBlockConfig, inner_size
+from cognexis.cortex_layers.state import check_input
 from cognexis.cortex_layers.types import MaybeState, ResetMask
 
 
@@ -32,6 +33,7 @@ class PostUpBlock(BaseBlock):
         self.out2 = nn.Linear(inner, d_hidden)
 
     def forward(self, x: Tensor, state: MaybeState, *, resets: ResetMask | None = None) -> tuple[Tensor, MaybeState]:
+        check_input(x, self.d_hidden, type(self).__name__)
         h, next_state = self.run_cell(self.norm(x), state, resets)
         y = x + h
         n = self.ffn_norm(y)

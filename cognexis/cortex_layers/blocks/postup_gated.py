@@ -18,6 +18,7 @@ from cognexis.cortex_layers.blocks.base import BaseBlock, layer_norm
 from cognexis.cortex_layers.blocks.registry import register_block
 from cognexis.cortex_layers.cells.base import MemoryCell
 from cognexis.cortex_layers.config import PostUpGatedBlockConfig, inner_size
+from cognexis.cortex_layers.state import check_input
 from cognexis.cortex_layers.types import MaybeState, ResetMask
 
 
@@ -54,6 +55,7 @@ class PostUpGatedBlock(BaseBlock):
         self.ffn_out = nn.Linear(inner, d_hidden)
 
     def forward(self, x: Tensor, state: MaybeState, *, resets: ResetMask | None = None) -> tuple[Tensor, MaybeState]:
+        check_input(x, self.d_hidden, type(self).__name__)
         h, next_state = self.run_cell(self.norm1(x), state, resets)
         y = self.gate1(x, h)
         return self.gate2(y, self.ffn_out(F.silu(self.ffn_in(self.norm2(y))))), next_state

@@ -17,6 +17,7 @@ from cognexis.cortex_layers.blocks.registry import register_block
 from cognexis.cortex_layers.cells.base import MemoryCell
 from cognexis.cortex_layers.cells.mlstm import mLSTMCell
 from cognexis.cortex_layers.config import PreUpBlockConfig, inner_size
+from cognexis.cortex_layers.state import check_input
 from cognexis.cortex_layers.types import MaybeState, ResetMask
 
 
@@ -36,6 +37,7 @@ class PreUpBlock(BaseBlock):
         self.activates_input = config.activate_cell_input and not plain_mlstm
 
     def forward(self, x: Tensor, state: MaybeState, *, resets: ResetMask | None = None) -> tuple[Tensor, MaybeState]:
+        check_input(x, self.d_hidden, type(self).__name__)
         up, gate = self.in_proj(self.norm(x)).chunk(2, dim=-1)  # both [..., I]
         active = F.silu(up)
         h, next_state = self.run_cell(active if self.activates_input else up, state, resets)

@@ -13,16 +13,26 @@ _BLOCK_CLASSES: dict[type[BlockConfig], type[BaseBlock]] = {}
 _Block = TypeVar("_Block", bound=type[BaseBlock])
 
 
-def register_block(config_class: type[BlockConfig]) -> Callable[[_Block], _Block]:
+def register_block(config_class: type[BlockConfig], *, override: bool = False) -> Callable[[_Block], _Block]:
     """Decorate a block class: it is what builds blocks of ``config_class``, in Python and from JSON.
 
     ``config_class`` may leave out the default of ``block_type``; then the tag is derived from its name.
 
     Raises:
-        ValueError: another configuration class has the tag.
+        ValueError: the configuration belongs to another block already (unless ``override``), or its tag to another
+            configuration.
+        TypeError: the decorated class is no ``BaseBlock``.
     """
 
     def decorate(block_class: _Block) -> _Block:
+        if not (isinstance(block_class, type) and issubclass(block_class, BaseBlock)):
+            raise TypeError(f"{block_class!r} is registered as a block, but is no subclass of BaseBlock")
+        known = _BLOCK_CLASSES.get(config_class)
+        names = [(each.__module__, each.__qualname__) for each in (known, block_class) if each is not None]
+        if len(set(names)) > 1 and not override:
+            raise ValueError(
+                f"{config_class.__name__} builds {names[0][1]} already; override=True makes it build {names[1][1]}"
+            )
         register_config(config_class)
         _BLOCK_CLASSES[config_class] = block_class
         return block_class
