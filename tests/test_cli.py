@@ -1,5 +1,6 @@
 """The command line: what it prints, how it fails, and that its help waits for nothing."""
 
+import functools
 import json
 import os
 import shutil
@@ -271,7 +272,9 @@ def test_a_closed_pipe_ends_quietly(checkpoint):
 @pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_with_their_code(tmp_path, number, code):
-    process = start("quickstart", "--out", tmp_path / "run", "--minutes", 5)
+    # A test run in the background ignores SIGINT, and its children would inherit that.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = start("quickstart", "--out", tmp_path / "run", "--minutes", 5, preexec_fn=heed)
     process.stdout.readline()  # it is at work
     process.send_signal(number)
     started = time.monotonic()
