@@ -4,10 +4,11 @@ With c = c1 + i c2 and lam = g + i p the recurrence is c_t = keep_t lam c_{t-1} 
 sqrt(T) steps: all chunks run side by side from zero, then the ends of the chunks are joined, then what enters a chunk
 is added to its steps with the powers of lam. The adjoint is the same scan backwards in time with conj(lam),
 
-    s_t = ds_t + keep_{t+1} conj(lam) s_{t+1},   dv = s,   dlam = sum s_t conj(keep_t c_{t-1}),   dstart = keep_1 conj(lam) s_1.
+    s_t = dc_t + keep_{t+1} conj(lam) s_{t+1}
+    dv = s,   dlam = sum s_t conj(keep_t c_{t-1}),   dstart = keep_1 conj(lam) s_1
 
-Traces are needed at the end only, and there all are combinations of two sums over time with the weights W_t = lam^(T-t)
-(0 where a reset lies behind t): of W_t c_{t-1} and of W_t z_t.
+Traces are needed at the end only, and there all are combinations of two sums over time with the weights
+W_t = lam^(T-t) (0 where a reset lies behind t): of W_t c_{t-1} and of W_t z_t.
 """
 
 from math import isqrt
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cognexis.kernels.rtu.poles import pole_of, rtu_activation
+from cognexis.kernels.rtu.reference import rtu_reference
 
 _NEGLIGIBLE = 1e-30  # powers below count as 0: nobody sees them, and subnormal numbers are slow
 
@@ -33,8 +35,8 @@ def rtu_vectorised(
     activation: str,
 ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, ...] | None]:
     """See ``rtu_stream``; the arguments have been checked and have one dtype, the boundary term is in ``state``."""
-    if x.shape[1] == 0:
-        return x.new_zeros(x.shape[0], 0, 2 * nu_log.shape[0]), state, traces
+    if x.shape[1] < 2:  # nothing to scan
+        return rtu_reference(x, nu_log, theta_log, w1, w2, state, traces, resets, activation)
     pole = pole_of(nu_log, theta_log)
     lam = torch.complex(pole.g, pole.p)
     if w1.dim() == 2:
@@ -46,9 +48,9 @@ def rtu_vectorised(
     start = torch.complex(*state)
     c = _Scan.apply(drive, lam, start, keep, False)
     new_traces = None if traces is None else _final_traces(x, nu_log, theta_log, w1, w2, start, c, traces, keep)
-    act = rtu_activation(activation)
-    parts = c.real, c.imag
-    return torch.cat([act(part) for part in parts], -1), (parts[0][:, -1], parts[1][:, -1]), new_traces
+    parts = torch.view_as_real(c).movedim(-1, -2).flatten(-2)  # [B, T, 2H]
+    last = parts[:, -1].chunk(2, -1)
+    return rtu_activation(activation)(parts), (last[0], last[1]), new_traces
 
 
 class _Scan(torch.autograd.Function):
@@ -74,7 +76,7 @@ class _Scan(torch.autograd.Function):
         first, later = (s[:, before], s[:, after])
         if keep is not None:
             first, later = first * keep[:, before, None], later * keep[:, after, None]
-        d_lam = torch.einsum("bth,bth->h", later, c[:, rest].conj()) + (first * start.conj()).sum(0)
+        d_lam = (later * c[:, rest].conj()).sum((0, 1)) + (first * start.conj()).sum(0)
         return s, d_lam, first * lam.conj(), None, None
 
 
@@ -83,8 +85,8 @@ def _powers(lam: Tensor, count: int) -> Tensor:
     powers = lam.unsqueeze(0)
     while powers.shape[0] < count:
         powers = torch.cat([powers, powers * powers[-1]])
-    powers = powers[:count]
-    return powers.masked_fill(powers.abs() < _NEGLIGIBLE, 0)
+    parts = torch.view_as_real(powers[:count])
+    return torch.view_as_complex(parts.masked_fill(parts.abs() < _NEGLIGIBLE, 0))
 
 
 def _scan(v: Tensor, lam: Tensor, start: Tensor, keep: Tensor | None, reverse: bool) -> Tensor:
@@ -145,10 +147,8 @@ def _final_traces(
         entry = entry * alive[:, :1]
         behind = torch.cat([alive[:, 1:], torch.ones_like(alive[:, :1])], 1)
         past = past * alive.unsqueeze(-1)
-        sum_c = torch.einsum("th,bth->bh", weights[0], past)
         x = x * behind.unsqueeze(-1)
-    else:
-        sum_c = torch.einsum("th,bth->bh", weights[0], past)
+    sum_c = (past * weights).sum(1)
     if w1.dim() == 2:
         flat = torch.cat([weights.real, weights.imag], -1)  # [1, T, 2H]
         both = x.transpose(1, 2) @ flat
@@ -156,7 +156,7 @@ def _final_traces(
         sum_u = (sum_z * torch.complex(w1, w2)).sum(1)
         entry_w = entry.unsqueeze(1) if entry.dim() == 2 else entry
     else:
-        sum_z = torch.complex((x * weights.real).sum(1), (x * weights.imag).sum(1))
+        sum_z = torch.complex(*((x * part.contiguous()).sum(1) for part in (weights.real, weights.imag)))
         sum_u = sum_z * torch.complex(w1, w2)
         entry_w = entry
     nu, th, w_1, w_2 = (torch.complex(*traces[i : i + 2]) for i in (0, 2, 4, 6))

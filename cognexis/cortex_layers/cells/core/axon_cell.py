@@ -4,8 +4,8 @@
     c_t = r e^{i th} c_{t-1} + gam (w1 * z_t + i w2 * z_t)
     y_t = W_out [act(Re c_t), act(Im c_t)]            (2H to H; a second map H to out_dim where they differ)
 
-In the full-rank form w1 and w2 are matrices ``[D, H]`` and there is no mixer. State: ``hc1``, ``hc2`` ``[B, H]`` (Re and
-Im c) and, unless the state was made with ``traces=False``, eight traces ``E_*``, the sensitivities of c to the
+In the full-rank form w1 and w2 are matrices ``[D, H]`` and there is no mixer. State: ``hc1``, ``hc2`` ``[B, H]`` (Re c
+and Im c) and, unless the state was made with ``traces=False``, eight traces ``E_*``, the sensitivities of c to the
 parameters of the recurrence. At the cut of a detached state they stand in for the steps before it: the gradients of
 nu_log, theta_log, w1, w2 (Wc1, Wc2) and out_proj are then those of the whole sequence. This does not hold for
 input_proj nor for anything below the cell, and only if no module above it has a state. An attached state passes
@@ -92,8 +92,8 @@ class AxonCell(MemoryCell):
     def forward(self, x: Tensor, state: MaybeState, *, resets: ResetMask | None = None) -> tuple[Tensor, MaybeState]:
         if self.enforce_out_dim_eq_hidden and self.out_dim != self.hidden_size:
             raise ValueError(
-                f"AxonCell: out_dim={self.out_dim} differs from hidden_size={self.hidden_size}; a cell in a block must "
-                "keep the width (enforce_out_dim_eq_hidden=False allows it outside of blocks)"
+                f"AxonCell: out_dim={self.out_dim} differs from hidden_size={self.hidden_size}; a cell in a block "
+                "must keep the width (enforce_out_dim_eq_hidden=False allows it outside of blocks)"
             )
         is_step = check_input(x, self.hidden_size, "AxonCell")
         mask = normalise_resets(resets, x, "AxonCell")
