@@ -33,12 +33,13 @@ class PreUpBlock(BaseBlock):
         self.in_proj = nn.Linear(d_hidden, 2 * inner)
         self.out_proj = nn.Linear(inner, d_hidden)
         self.learnable_skip = nn.Parameter(torch.ones(inner))
-        plain_mlstm = isinstance(cell, mLSTMCell) and not cell.use_axon_qkv
+        plain_mlstm = isinstance(cell, mLSTMCell) and not cell.cfg.use_axon_qkv
         self.activates_input = config.activate_cell_input and not plain_mlstm
 
     def forward(self, x: Tensor, state: MaybeState, *, resets: ResetMask | None = None) -> tuple[Tensor, MaybeState]:
         check_input(x, self.d_hidden, type(self).__name__)
         up, gate = self.in_proj(self.norm(x)).chunk(2, dim=-1)  # both [..., I]
         active = F.silu(up)
-        h, next_state = self.run_cell(active if self.activates_input else up, state, resets)
+        cell_input = (active if self.activates_input else up).to(x.dtype)  # under autocast the state keeps its dtype
+        h, next_state = self.run_cell(cell_input, state, resets)
         return x + self.out_proj((h + self.learnable_skip * active) * F.silu(gate)), next_state

@@ -174,7 +174,7 @@ def test_block_without_its_cell_says_so():
 # -- adapter --------------------------------------------------------------------------------------------------------
 
 
-def adapter(base=CONFIGS["preup"], **settings):  # noqa: B008
+def adapter(base=CONFIGS["preup"], **settings):
     return build_block_at_width(AdapterBlockConfig(base_block=base, bottleneck=8, **settings), WIDTH)
 
 
