@@ -2,8 +2,8 @@
 
     (k, q, v, beta, gamma) = kqvbg_proj(x),   (p1, p2, p3) = p123_proj(x),   y = dropout(out_proj(heads))
 
-``cognexis.kernels.agalite`` has the recurrence. State: ``tilde_k`` ``[B, R, N, F]``, ``tilde_v`` ``[B, R, N, D]``, ``s``
-``[B, N, F]`` (zero, float32 for 16-bit inputs) and ``tick`` ``[B]`` (int64, 1). A reset restores all four, so that the
+``cognexis.kernels.agalite`` has the recurrence. State: ``tilde_k`` ``[B, R, N, F]``, ``tilde_v`` ``[B, R, N, D]``,
+``s`` ``[B, N, F]`` (zero, float32 for 16-bit inputs) and ``tick`` ``[B]`` (int64, 1). A reset restores all four, so that the
 first token of an episode always has the same angle. ``detach_memory`` cuts the gradient between calls.
 
 Letters: B batch, T time, N heads, D head width, F = eta D, R frequencies. Source: Pramanik et al. 2024, AGaLiTe.

@@ -8,10 +8,10 @@ A token sees itself and at most ``mem_len`` tokens before it that belong to its 
 Because of this band steps, sequences and any cut give the same numbers. ``mem_len=0``: causal attention inside the
 call, without a memory and without a band.
 
-State: ``mem`` ``[B, M, H]``, the last M inputs with the newest last, and ``mem_seg`` ``[B, M]``, their segments (-1 marks
-an empty slot, which nobody attends to); slots from before a reset are emptied. With ``use_axon_qkv`` the projections are AxonLayers (group ``xl_qkv``), whose
-keys and values depend on the past; they are kept in ``mem_k`` and ``mem_v`` ``[B, M, P]`` and never computed again.
-``detach_memory`` cuts the gradient between calls.
+State: ``mem`` ``[B, M, H]``, the last M inputs with the newest last, and ``mem_seg`` ``[B, M]``, their segments. A
+segment of -1 marks an empty slot, which nobody attends to; slots of before a reset are emptied. With ``use_axon_qkv``
+the projections are AxonLayers (group ``xl_qkv``), whose keys and values depend on the past; they are kept in ``mem_k``
+and ``mem_v`` ``[B, M, P]`` and never computed again. ``detach_memory`` cuts the gradient between calls.
 
 Letters: B batch, T time, H hidden, N heads, D head width, P = N D, M memory slots. Source: Dai et al. 2019,
 Transformer-XL; segments and the band are added.
