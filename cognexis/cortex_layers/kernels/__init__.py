@@ -1,0 +1,1 @@
+"""Function-level names of the operations in ``cognexis.kernels``, as other code may know them."""
