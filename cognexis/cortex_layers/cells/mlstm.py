@@ -64,11 +64,11 @@ class mLSTMCell(MemoryCell):
         else:
             gate = nn.Linear(width, cfg.num_heads)
         linear = gate.linear if isinstance(gate, AxonLayer) else gate
-        nn.init.zeros_(linear.weight)  # type: ignore[arg-type]
+        nn.init.zeros_(linear.weight)
         if name == "fgate":
-            bias_linspace_init_(linear.bias)  # type: ignore[arg-type]
+            bias_linspace_init_(linear.bias)
         else:
-            nn.init.normal_(linear.bias, std=0.1)  # type: ignore[arg-type]
+            nn.init.normal_(linear.bias, std=0.1)
         return gate
 
     def axon_layers(self) -> list[AxonLayer]:

@@ -14,7 +14,7 @@ def rnn_reference(
     Args:
         states: ``(h, c)`` for an LSTM, ``(h,)`` for a GRU, each ``[B, L, H]``.
     """
-    wide = wide_dtype(x, net.weight_ih_l0)
+    wide = wide_dtype(x, *net.parameters())
     step = _lstm_step if net.mode == "LSTM" else _gru_step
     inputs = x.to(wide)
     finals = []

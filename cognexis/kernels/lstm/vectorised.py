@@ -16,7 +16,7 @@ def rnn_vectorised(
     net: nn.RNNBase, x: Tensor, states: tuple[Tensor, ...], resets: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """See :func:`cognexis.kernels.lstm.reference.rnn_reference`."""
-    compute = wide_dtype(x, net.weight_ih_l0)
+    compute = wide_dtype(x, *net.parameters())
     held = tuple(state.to(compute) for state in states)
     if resets is not None:
         held = tuple(torch.where(resets[:, 0, None, None], 0, state) for state in held)
