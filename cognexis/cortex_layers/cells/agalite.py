@@ -2,14 +2,16 @@
 
     (k, q, v, beta, gamma) = kqvbg_proj(x),   (p1, p2, p3) = p123_proj(x),   y = dropout(out_proj(heads))
 
-``cognexis.kernels.agalite`` has the recurrence. State: ``tilde_k`` ``[B, R, N, F]``, ``tilde_v`` ``[B, R, N, D]``,
-``s`` ``[B, N, F]`` (zero, float32 for 16-bit inputs) and ``tick`` ``[B]`` (int64, 1). A reset restores all four, so that the
-first token of an episode always has the same angle. ``detach_memory`` cuts the gradient between calls.
+``cognexis.kernels.agalite`` has the recurrence. State: ``tilde_k`` ``[B, R, N, F]``, ``tilde_v`` ``[B, R, N, D]`` and
+``s`` ``[B, N, F]``, zero at first and float32 for 16-bit inputs, and ``tick`` ``[B]``, int64 and 1 at first. A reset
+restores all four, so that the first token of an episode always has the same angle. ``detach_memory`` cuts the gradient
+between calls.
 
 Letters: B batch, T time, N heads, D head width, F = eta D, R frequencies. Source: Pramanik et al. 2024, AGaLiTe.
 """
 
 import math
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -51,7 +53,7 @@ class AGaLiTeCell(MemoryCell):
         nn.init.zeros_(self.out_proj.bias)
 
     def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> TensorDict:
-        kept = {"device": device, "dtype": accumulator_dtype(dtype)}
+        kept: dict[str, Any] = {"device": device, "dtype": accumulator_dtype(dtype)}
         N, D, R, F = self.n_heads, self.head_dim, self.cfg.r, self.cfg.eta * self.head_dim
         return TensorDict(
             {

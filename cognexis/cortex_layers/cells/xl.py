@@ -18,6 +18,7 @@ Transformer-XL; segments and the band are added.
 """
 
 import math
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -72,7 +73,8 @@ class XLCell(MemoryCell):
         self, batch: int, *, device: torch.device | str, dtype: torch.dtype, traces: bool = True
     ) -> TensorDict:
         """A fresh state; ``traces`` concerns the AxonLayers."""
-        M, kept = self.cfg.mem_len, {"device": device, "dtype": dtype}
+        M = self.cfg.mem_len
+        kept: dict[str, Any] = {"device": device, "dtype": dtype}
         state = TensorDict(
             {
                 "mem": torch.zeros(batch, M, self.hidden_size, **kept),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cognexis.cortex_layers.config import CortexStackConfig, HFLlamaLayerConfig, PassThroughBlockConfig
+from cognexis.cortex_layers.config import BlockConfig, CortexStackConfig, HFLlamaLayerConfig, PassThroughBlockConfig
 
 
 def build_llama_stack_config_from_model(
@@ -34,7 +34,7 @@ def build_llama_stack_config_from_model(
     _check_type(model.config)
     inner = getattr(model, "model", model)
     config = inner.config
-    blocks = [
+    blocks: list[BlockConfig] = [
         PassThroughBlockConfig(
             cell=HFLlamaLayerConfig(
                 hidden_size=config.hidden_size,

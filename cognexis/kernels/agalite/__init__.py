@@ -58,7 +58,9 @@ def agalite_scan(
     R = state.tilde_k.shape[1]
     if eps <= 0:
         raise InvalidConfigError(f"eps={eps}: must be positive", path="eps", value=eps)
-    wanted = [(name, getattr(inputs, name), (B, T, N, D)) for name in ("k", "q", "beta", "gamma")]
+    wanted: list[tuple[str, Tensor, tuple[int, ...]]] = [
+        (name, getattr(inputs, name), (B, T, N, D)) for name in ("k", "q", "beta", "gamma")
+    ]
     wanted += [(name, getattr(inputs, name), (B, T, N, E)) for name in ("p1", "p2", "p3")]
     wanted += [
         ("tilde_k", state.tilde_k, (B, R, N, D * E)),

@@ -65,8 +65,17 @@ def attend_relative(
     chosen = choose("attend_relative", q, form=form).form
     with torch.autocast(q.device.type, enabled=False):
         y = _FORMS[chosen](
-            *(value.to(dtype) for value in (q, k, v, r)),
-            *(seg_full, u.to(dtype), v_bias.to(dtype), M, scale, window, dropout),
+            q.to(dtype),
+            k.to(dtype),
+            v.to(dtype),
+            r.to(dtype),
+            seg_full,
+            u.to(dtype),
+            v_bias.to(dtype),
+            M,
+            scale,
+            window,
+            dropout,
         )
     return y.to(q.dtype)
 

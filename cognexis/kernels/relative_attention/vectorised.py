@@ -32,8 +32,17 @@ def relative_attention_vectorised(
         keys = slice(low, M + stop)
         outputs.append(
             _attend_block(
-                *(q[:, :, start:stop], k[:, :, keys], v[:, :, keys], r[:, r.shape[1] - (M + stop - low) :]),
-                *(seg_full[:, keys], u, v_bias, M + start - low, scale, window, dropout),
+                q[:, :, start:stop],
+                k[:, :, keys],
+                v[:, :, keys],
+                r[:, r.shape[1] - (M + stop - low) :],
+                seg_full[:, keys],
+                u,
+                v_bias,
+                M + start - low,
+                scale,
+                window,
+                dropout,
             )
         )
     return torch.zeros_like(q) if not outputs else outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)

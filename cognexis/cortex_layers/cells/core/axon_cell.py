@@ -17,6 +17,7 @@ Letters: B batch, T time, H hidden. Source: Elelimy et al. 2024, Real-Time Recur
 
 import math
 import warnings
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -41,6 +42,9 @@ class AxonCell(MemoryCell):
         enforce_out_dim_eq_hidden: whether ``forward`` refuses an output of another width than H, which no block can
             take.
     """
+
+    srht_signs: Tensor
+    srht_perm: Tensor
 
     def __init__(self, cfg: AxonConfig, enforce_out_dim_eq_hidden: bool = True) -> None:
         super().__init__(cfg.hidden_size)  # type: ignore[arg-type]
@@ -80,7 +84,7 @@ class AxonCell(MemoryCell):
         self, batch: int, *, device: torch.device | str, dtype: torch.dtype, traces: bool = True
     ) -> TensorDict:
         """A fresh state; without ``traces`` it stays so, which is what generation wants."""
-        kept = {"device": device, "dtype": accumulator_dtype(dtype)}
+        kept: dict[str, Any] = {"device": device, "dtype": accumulator_dtype(dtype)}
         H = self.hidden_size
         state = {name: torch.zeros(batch, H, **kept) for name in ("hc1", "hc2")}
         if traces:
