@@ -101,6 +101,7 @@ def draw_plot(path: Path, rows: Sequence[Row]) -> bool:
             values = [entry["val_accuracy"] for entry in row["history"]]
             curves.plot(epochs, values, color=color, marker="o", markersize=3, label=row["stack"])
         curves.set(title=task, xlabel="epoch", ylabel="validation accuracy", ylim=(0, 1.05))
+        curves.xaxis.get_major_locator().set_params(integer=True)
         curves.grid(alpha=0.3)
         curves.legend(fontsize="small")
     figure.savefig(path, dpi=120)
