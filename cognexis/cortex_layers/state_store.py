@@ -83,8 +83,8 @@ class StateStore:
         given = [tuple(leaf.shape[1:]) for leaf in dumped["leaves"]]
         if dumped.get("paths") != own["paths"] or given != shapes:
             raise ValueError(
-                f"memory of {len(given)} leaves {given} does not fit this stack, whose states have {len(shapes)} leaves "
-                f"{shapes}"
+                f"memory of {len(given)} leaves {given} does not fit this stack, whose states have "
+                f"{len(shapes)} leaves {shapes}"
             )
         self.leaves = [value.to(leaf).clone() for value, leaf in zip(dumped["leaves"], self.leaves, strict=True)]
         self.slots = {int(each): slot for slot, each in enumerate(dumped["ids"])}

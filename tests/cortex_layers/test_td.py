@@ -176,7 +176,8 @@ def test_memory_is_a_copy(x):
     roll(td, x[:, 2:])
     td.get_memory()
     for name in ("rollout_store", "row_store"):
-        assert all(torch.equal(one, other) for one, other in zip(memory[name]["leaves"], before[name]["leaves"]))
+        pairs = zip(memory[name]["leaves"], before[name]["leaves"], strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_leaves_keep_their_dtypes_and_empty_slots_are_fresh(x):

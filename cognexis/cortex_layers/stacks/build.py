@@ -13,12 +13,11 @@ from cognexis.cortex_layers.blocks.postup import PostUpBlock
 from cognexis.cortex_layers.blocks.postup_gated import PostUpGatedBlock
 from cognexis.cortex_layers.blocks.preup import PreUpBlock
 from cognexis.cortex_layers.cells import CELLS
-from cognexis.cortex_layers.cells.composed import BlockCell, SequentialCell, StackCell
 from cognexis.cortex_layers.config import CortexStackConfig
 from cognexis.cortex_layers.stacks.base import CortexStack
 
 # Importing a class registers it; this is what every configuration can name.
-BUILT_IN_CELLS = (*CELLS.values(), BlockCell, StackCell, SequentialCell)
+BUILT_IN_CELLS = tuple(CELLS.values())
 BUILT_IN_BLOCKS = (PassThroughBlock, PreUpBlock, PostUpBlock, PostUpGatedBlock, AdapterBlock, ColumnBlock)
 _IGNORED_VARIABLE = "CORTEX_TRITON_SMEM_SOFT_LIMIT"
 
