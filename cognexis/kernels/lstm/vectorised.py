@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from cognexis.kernels.lstm.packed import run_packed_lstm
 from cognexis.kernels.precision import wide_dtype
 
 
@@ -55,9 +56,14 @@ def _run_episodes(net: nn.RNNBase, x: Tensor, held: tuple[Tensor, ...], resets: 
     opens_row = (first % length == 0)[longest_first, None, None]
     row = (first // length)[longest_first]
     started = tuple(torch.where(opens_row, state[row], 0) for state in held)
-    packed = PackedSequence(x.flatten(0, 1)[order], place.bincount().cpu())
-    y, last = _run_layer(net, packed, started)
+    tokens, counts = x.flatten(0, 1)[order], place.bincount().cpu()
+    if isinstance(net, nn.LSTM) and x.device.type == "cpu":  # torch's own is slow backwards on packed input there
+        with torch.autocast("cpu", enabled=False):
+            y, last = run_packed_lstm(net, tokens, counts.tolist(), started)
+    else:
+        packed, last = _run_layer(net, PackedSequence(tokens, counts), started)
+        y = packed.data
     back = torch.empty_like(order)
     back[order] = torch.arange(rows * length, device=x.device)
     closes_row = rank[episode.view(rows, length)[:, -1]]
-    return y.data[back].view(rows, length, -1), tuple(state[closes_row] for state in last)
+    return y[back].view(rows, length, -1), tuple(state[closes_row] for state in last)

@@ -28,9 +28,8 @@ def mlstm_reference(
             m = torch.where(fresh, 0, m)
             n = torch.where(fresh[..., None], 0, n)
             c = torch.where(fresh[..., None, None], 0, c)
-        tokens = (part[:, :, t].to(wide) for part in (q, k, v))
-        gates = (part[:, :, t].to(wide) for part in (i, f))
-        h, (c, n, m) = mlstm_step(*tokens, *gates, state=(c, n, m), eps=eps)
+        q_t, k_t, v_t, i_t, f_t = (part[:, :, t].to(wide) for part in (q, k, v, i, f))
+        h, (c, n, m) = mlstm_step(q_t, k_t, v_t, i_t, f_t, (c, n, m), eps)
         outputs.append(h)
     last = (c.to(state[0].dtype), n.to(state[1].dtype), m.to(state[2].dtype))
     return torch.stack(outputs, 2).to(v.dtype), last
