@@ -5,10 +5,9 @@ The layer, weights and all, is that of the model; the cell computes positions, t
     position of token t = tokens of its episode before it (an episode begins at a reset), also across calls
     key s is visible to token t if s <= t and no reset lies in (s, t]
 
-State, ``[B]`` int64 each: ``pos`` and ``seg_pos``, the position of the next token (they are equal; both belong to the
-interface), and ``kv_len = min(pos, mem_len)``. With ``mem_len`` > 0 also ``k``, ``v`` ``[B, G, mem_len, D]``: the last
-entries of the episode, the oldest first, beginning with slot 0; slots behind ``kv_len`` are zero. Every row has its own
-length.
+State, ``[B]`` int64 each: ``pos`` and ``seg_pos``, the position of the next token (equal; the interface has both), and
+``kv_len = min(pos, mem_len)``. With ``mem_len`` > 0 also ``k``, ``v`` ``[B, G, mem_len, D]``: the last entries of the
+episode, the oldest first, beginning with slot 0; slots behind ``kv_len`` are zero. Every row has its own length.
 
 A call attends to all that is kept and to itself, and keeps the last ``mem_len`` of that; so cutting a sequence changes
 nothing as long as it fits. With ``mem_len=0`` a call sees itself only, at continued positions.
