@@ -178,7 +178,7 @@ class CortexTD(nn.Module):
             row_store.put([row_ids[row] for row in first], state, first)
         y, next_state = self.stack(x, state, resets=resets)
         self._live_state = next_state.detach()
-        return y  # type: ignore[no-any-return]
+        return y
 
     def _train(self, td: TensorDict, x: Tensor, resets: Tensor) -> Tensor:
         state = None
@@ -188,7 +188,7 @@ class CortexTD(nn.Module):
             ids = _by_row(td["row_id"], "row_id", x.shape[0], x.shape[1])[:, 0].tolist()
             state = self._stores(x.device)[1].get(ids)
         y, _ = self.stack(x, state, resets=resets)
-        return y  # type: ignore[no-any-return]
+        return y
 
     def _stores(self, device: torch.device | str) -> tuple[StateStore, StateStore]:
         if self._rollout_store is None or self._row_store is None:

@@ -31,20 +31,20 @@ class BlockCaller:
     ) -> tuple[Tensor, MaybeState]:
         """``block(x, state, resets=resets)``."""
         if not self.compiles or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return block(x, state, resets=resets)  # type: ignore[no-any-return]
+            return block(x, state, resets=resets)
         key = id(block)
         if key not in self._compiled:
             self._compiled[key] = torch.compile(block)
         compiled = self._compiled[key]
         if compiled is None:
-            return block(x, state, resets=resets)  # type: ignore[no-any-return]
+            return block(x, state, resets=resets)
         try:
-            return compiled(x, state, resets=resets)  # type: ignore[no-any-return]
+            return compiled(x, state, resets=resets)
         except Exception as error:
             result = block(x, state, resets=resets)  # a fault of the caller is raised here, in its own words
             logger.warning("%s runs uncompiled: %s", type(block).__name__, error)
             self._compiled[key] = None
-            return result  # type: ignore[no-any-return]
+            return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "BlockCaller":
         return BlockCaller(self.compiles)

@@ -65,7 +65,7 @@ def get_block_config_class(tag: str) -> type[BlockConfig]:
 
 def build_block(config: BlockConfig, d_hidden: int, cell: MemoryCell | None = None) -> BaseBlock:
     """Build a block around a cell that fits it; adapters and columns build their own and take None."""
-    return get_block_class(config)(config=config, d_hidden=d_hidden, cell=cell)  # type: ignore[call-arg, arg-type]
+    return get_block_class(config)(config=config, d_hidden=d_hidden, cell=cell)  # type: ignore[call-arg]
 
 
 def build_block_at_width(config: BlockConfig, d_hidden: int) -> BaseBlock:

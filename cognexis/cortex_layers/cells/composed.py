@@ -9,6 +9,8 @@ several cells ``{"LSTMCell_0": ..., "mLSTMCell_1": ...}``. Blocks and stacks are
 they in turn need cells.
 """
 
+from typing import Any
+
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
@@ -32,7 +34,7 @@ class _ComposedCell(MemoryCell):
 
     def __init__(self, hidden_size: int, parts: list[nn.Module], *, numbered: bool = False) -> None:
         super().__init__(hidden_size)
-        self.parts = nn.ModuleList(parts)
+        self.parts: Any = nn.ModuleList(parts)
         self.part_keys = [type(part).__name__ + f"_{i}" * numbered for i, part in enumerate(parts)]
 
     def forward(self, x: Tensor, state: MaybeState, *, resets: ResetMask | None = None) -> tuple[Tensor, MaybeState]:

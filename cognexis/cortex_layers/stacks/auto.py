@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from cognexis.cortex_layers.blocks.column.auto import build_column_auto_config
 from cognexis.cortex_layers.blocks.column.pattern import CustomMap
-from cognexis.cortex_layers.config import CortexStackConfig, RouterConfig
+from cognexis.cortex_layers.config import BlockConfig, CortexStackConfig, RouterConfig
 from cognexis.cortex_layers.config_edits import apply_overrides
 from cognexis.cortex_layers.stacks.base import CortexStack
 from cognexis.cortex_layers.stacks.build import build_cortex
@@ -52,7 +52,7 @@ def build_cortex_auto_config(
         if not isinstance(override, BaseModel):
             raise TypeError(f"override_global_configs: {override!r} is no configuration")
     matched: set[int] = set()
-    columns = [
+    columns: list[BlockConfig] = [
         build_column_auto_config(
             d_hidden=d_hidden, pattern=layer, router=router, custom_map=custom_map, use_axonlayers=use_axonlayers
         )

@@ -26,7 +26,7 @@ class CortexStack(nn.Module):
         super().__init__()
         self.config = config
         self.d_hidden = config.d_hidden
-        self.blocks = nn.ModuleList(build_block_at_width(block, config.d_hidden) for block in config.blocks)
+        self.blocks: Any = nn.ModuleList(build_block_at_width(block, config.d_hidden) for block in config.blocks)
         self.norm = nn.LayerNorm(config.d_hidden) if config.post_norm else nn.Identity()
         self.block_keys = [f"{type(block).__name__}_{i}" for i, block in enumerate(self.blocks)]
         self.caller = BlockCaller(config.compile_blocks)
@@ -68,7 +68,7 @@ class CortexStack(nn.Module):
 
     def step(self, x: Tensor, state: MaybeState = None, **kwargs: Any) -> tuple[Tensor, TensorDict]:
         """Another name of calling the stack, for one step ``[B, D]``."""
-        return self(x, state, **kwargs)  # type: ignore[no-any-return]
+        return self(x, state, **kwargs)
 
     def init_state(
         self, batch: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32

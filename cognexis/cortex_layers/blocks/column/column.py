@@ -16,6 +16,8 @@ depends on the route. An inactive expert gets no gradient and is not seen by the
 The state is ``{"expert_<class of the block>_<i>": state of expert i}``. Letters: B batch, T time, D width, E experts.
 """
 
+from typing import Any
+
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
@@ -48,7 +50,7 @@ class ColumnBlock(BaseBlock):
         super().__init__(d_hidden)
         if cell is not None:
             raise ValueError("ColumnBlock: takes no cell; each expert has its own")
-        self.experts = nn.ModuleList(build_block_at_width(expert, d_hidden) for expert in config.experts)
+        self.experts: Any = nn.ModuleList(build_block_at_width(expert, d_hidden) for expert in config.experts)
         self.expert_keys = [f"expert_{type(expert).__name__}_{i}" for i, expert in enumerate(self.experts)]
         self.caller = BlockCaller()
         num_experts, router = len(self.experts), config.router
