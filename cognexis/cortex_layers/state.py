@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor
 
-from cognexis.cortex_layers.types import MaybeState, ResetMask
+from cognexis.cortex_layers.types import MaybeState, ResetMask, Tensor
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
