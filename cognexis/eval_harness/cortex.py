@@ -35,9 +35,9 @@ from cognexis.tasks.sequence_task import Splits
 logger = logging.getLogger("cognexis.eval_harness.cortex")
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-# Chosen so that a stack that can solve a task does so within three minutes on two cores.
+# Chosen for about three minutes per stack on two cores.
 COMMON_DEFAULTS: dict[str, Any] = {"num_samples": 2000, "epochs": 12, "lr": 2e-3, "batch_size": 32}
-TASK_DEFAULTS: dict[str, dict[str, Any]] = {"dyck": {"num_samples": 6000, "epochs": 8, "batch_size": 64}}
+TASK_DEFAULTS: dict[str, dict[str, Any]] = {"dyck": {"num_samples": 4000, "epochs": 8}}
 
 
 @dataclass(frozen=True)
