@@ -1,11 +1,14 @@
 """Overrides of configurations inside a tree."""
 
+from types import SimpleNamespace
+
 import pytest
 from pydantic import ValidationError
 
 from cognexis.cortex_layers.config import (
     AxonConfig,
     ColumnBlockConfig,
+    HFLlamaLayerConfig,
     PostUpGatedBlockConfig,
     PreUpBlockConfig,
     RouterConfig,
@@ -113,3 +116,13 @@ def test_edit_keeps_what_is_set_and_validates():
     assert edited(config, n_heads=2).model_fields_set == {"mem_len", "n_heads"}
     with pytest.raises(ValidationError, match="n_heads"):
         edited(config, n_heads=0)
+
+
+def test_objects_that_no_dump_holds_survive_edits_and_overrides():
+    """A width is set on every cell configuration; its modules must not become dicts on the way."""
+    layer, hf_config = object(), SimpleNamespace(rope_theta=1.0)
+    config = HFLlamaLayerConfig(hf_layer=layer, hf_config=hf_config)
+    changed = edited(config, hidden_size=8)
+    assert changed.hf_layer is layer and changed.hf_config is hf_config and changed.hidden_size == 8
+    changed = apply_overrides(PreUpBlockConfig(cell=config), [HFLlamaLayerConfig(mem_len=3)])
+    assert changed.cell.hf_config is hf_config and changed.cell.mem_len == 3
