@@ -32,11 +32,14 @@ class Failing(nn.Module):
 
 
 @pytest.fixture
-def gru(monkeypatch):
-    """The registered stacks, replaced by one that works."""
-    for name in list(STACKS):
-        monkeypatch.delitem(STACKS, name)
-    monkeypatch.setitem(STACKS, "gru", StackRecipe("a GRU", GRUStack, width=16))
+def gru():
+    """The registered stacks, replaced by one that works; afterwards they are back in their order."""
+    registered = dict(STACKS)
+    STACKS.clear()
+    STACKS["gru"] = StackRecipe("a GRU", GRUStack, width=16)
+    yield
+    STACKS.clear()
+    STACKS.update(registered)
 
 
 def read_rows(folder):
