@@ -69,6 +69,21 @@ def normalise_resets(resets: ResetMask | None, x: Tensor, owner: str = "resets")
     )
 
 
+def as_sequence(
+    x: Tensor, resets: ResetMask | None, hidden_size: int, owner: str
+) -> tuple[Tensor, Tensor | None, bool]:
+    """Input and resets as ``[B, T, H]`` and bool ``[B, T]``, and whether they came as a step (then T is 1).
+
+    Raises:
+        ValueError: a wrong shape; see ``check_input`` and ``normalise_resets``.
+    """
+    is_step = check_input(x, hidden_size, owner)
+    mask = normalise_resets(resets, x, owner)
+    if is_step:
+        x, mask = x.unsqueeze(1), None if mask is None else mask.unsqueeze(1)
+    return x, mask, is_step
+
+
 def row_mask(mask: Tensor, rows: int, owner: str = "reset_state") -> Tensor:
     """Bool ``[B]`` from the mask of ``reset_state``.
 

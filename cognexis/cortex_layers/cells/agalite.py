@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cognexis.cortex_layers.cells.base import MemoryCell
 from cognexis.cortex_layers.config import AGaLiTeCellConfig
-from cognexis.cortex_layers.state import accumulator_dtype, check_input, has_keys, normalise_resets
+from cognexis.cortex_layers.state import accumulator_dtype, as_sequence, has_keys
 from cognexis.cortex_layers.types import MaybeState, ResetMask
 from cognexis.kernels.agalite import AgaliteInputs, AgaliteState, agalite_scan
 
@@ -67,12 +67,9 @@ class AGaLiTeCell(MemoryCell):
         )
 
     def forward(self, x: Tensor, state: MaybeState, *, resets: ResetMask | None = None) -> tuple[Tensor, MaybeState]:
-        is_step = check_input(x, self.hidden_size, "AGaLiTeCell")
-        mask = normalise_resets(resets, x, "AGaLiTeCell")
+        x, mask, is_step = as_sequence(x, resets, self.hidden_size, "AGaLiTeCell")
         if state is None or not has_keys(state, "tilde_k", "tilde_v", "s", "tick"):
             state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
-        if is_step:
-            x, mask = x.unsqueeze(1), None if mask is None else mask.unsqueeze(1)
         if x.shape[1] == 0:
             return x, state
         heads = self.kqvbg_proj(x).unflatten(-1, (self.n_heads, 5, self.head_dim)).unbind(-2)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cognexis.cortex_layers.cells.base import MemoryCell
 from cognexis.cortex_layers.config import CausalConv1dConfig
-from cognexis.cortex_layers.state import check_input, has_keys, normalise_resets
+from cognexis.cortex_layers.state import as_sequence, has_keys
 from cognexis.cortex_layers.types import MaybeState, ResetMask
 from cognexis.kernels.conv import causal_conv
 
@@ -43,15 +43,12 @@ class CausalConv1d(MemoryCell):
         return state
 
     def forward(self, x: Tensor, state: MaybeState, *, resets: ResetMask | None = None) -> tuple[Tensor, MaybeState]:
-        is_step = check_input(x, self.hidden_size, "CausalConv1d")
-        mask = normalise_resets(resets, x, "CausalConv1d")
+        x, mask, is_step = as_sequence(x, resets, self.hidden_size, "CausalConv1d")
         if self.conv is None:
-            return x, TensorDict({}, batch_size=[x.shape[0]], device=x.device) if state is None else state
+            fresh = TensorDict({}, batch_size=[x.shape[0]], device=x.device)
+            return x[:, 0] if is_step else x, fresh if state is None else state
         if state is None or not has_keys(state, "conv"):
             state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
-        if is_step:
-            x = x[:, None]
-            mask = None if mask is None else mask[:, None]
         y, window = causal_conv(x, state["conv"], self.conv.weight, self.conv.bias, mask)
         return y[:, 0] if is_step else y, TensorDict({"conv": window}, batch_size=[x.shape[0]], device=x.device)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cognexis.cortex_layers.cells.base import MemoryCell
 from cognexis.cortex_layers.config import GRUCellConfig
-from cognexis.cortex_layers.state import check_input, has_keys, normalise_resets
+from cognexis.cortex_layers.state import as_sequence, has_keys
 from cognexis.cortex_layers.types import MaybeState, ResetMask
 from cognexis.kernels.lstm import gru_sequence
 
@@ -42,13 +42,9 @@ class GRUCell(MemoryCell):
         return TensorDict({"h": h}, batch_size=[batch], device=device)
 
     def forward(self, x: Tensor, state: MaybeState, *, resets: ResetMask | None = None) -> tuple[Tensor, MaybeState]:
-        is_step = check_input(x, self.hidden_size, "GRUCell")
-        mask = normalise_resets(resets, x, "GRUCell")
+        x, mask, is_step = as_sequence(x, resets, self.hidden_size, "GRUCell")
         if state is None or not has_keys(state, "h"):
             state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
-        if is_step:
-            x = x[:, None]
-            mask = None if mask is None else mask[:, None]
         y, h = gru_sequence(self.net, x, state["h"], mask)
         return y[:, 0] if is_step else y, TensorDict({"h": h}, batch_size=[x.shape[0]], device=x.device)
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from cognexis.cortex_layers.cells.base import MemoryCell
 from cognexis.cortex_layers.config import HFLlamaLayerConfig
-from cognexis.cortex_layers.state import check_input, has_keys, normalise_resets
+from cognexis.cortex_layers.state import as_sequence, has_keys
 from cognexis.cortex_layers.types import MaybeState, ResetMask
 from cognexis.errors import BackendError
 
@@ -102,12 +102,9 @@ class HFLlamaLayerCell(MemoryCell):
         return TensorDict(state, batch_size=[batch], device=device)
 
     def forward(self, x: Tensor, state: MaybeState, *, resets: ResetMask | None = None) -> tuple[Tensor, MaybeState]:
-        is_step = check_input(x, self.hidden_size, "HFLlamaLayerCell")
-        mask = normalise_resets(resets, x, "HFLlamaLayerCell")
+        x, mask, is_step = as_sequence(x, resets, self.hidden_size, "HFLlamaLayerCell")
         if state is None or not has_keys(state, *_COUNTS, *(("k", "v") if self.mem_len else ())):
             state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
-        if is_step:
-            x, mask = x.unsqueeze(1), None if mask is None else mask.unsqueeze(1)
         if x.shape[1] == 0:
             return x, state
         T = x.shape[1]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cognexis.cortex_layers.cells.base import MemoryCell
 from cognexis.cortex_layers.config import LSTMCellConfig
-from cognexis.cortex_layers.state import accumulator_dtype, check_input, has_keys, normalise_resets
+from cognexis.cortex_layers.state import accumulator_dtype, as_sequence, has_keys
 from cognexis.cortex_layers.types import MaybeState, ResetMask
 from cognexis.kernels.lstm import lstm_sequence
 
@@ -55,13 +55,9 @@ class LSTMCell(MemoryCell):
         )
 
     def forward(self, x: Tensor, state: MaybeState, *, resets: ResetMask | None = None) -> tuple[Tensor, MaybeState]:
-        is_step = check_input(x, self.hidden_size, "LSTMCell")
-        mask = normalise_resets(resets, x, "LSTMCell")
+        x, mask, is_step = as_sequence(x, resets, self.hidden_size, "LSTMCell")
         if state is None or not has_keys(state, "h", "c"):
             state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
-        if is_step:
-            x = x[:, None]
-            mask = None if mask is None else mask[:, None]
         y, h, c = lstm_sequence(self.net, x, state["h"], state["c"], mask)
         next_state = TensorDict({"h": h, "c": c}, batch_size=[x.shape[0]], device=x.device)
         return y[:, 0] if is_step else y, next_state

@@ -27,7 +27,7 @@ from cognexis.cortex_layers.cells.conv import CausalConv1d
 from cognexis.cortex_layers.cells.core.axon_layer import AxonLayer, update_parent_state
 from cognexis.cortex_layers.cells.head_norm import MultiHeadLayerNorm, bias_linspace_init_
 from cognexis.cortex_layers.config import CausalConv1dConfig, sLSTMCellConfig
-from cognexis.cortex_layers.state import accumulator_dtype, check_input, has_keys, normalise_resets
+from cognexis.cortex_layers.state import accumulator_dtype, as_sequence, has_keys
 from cognexis.cortex_layers.types import MaybeState, ResetMask
 from cognexis.kernels.slstm import slstm_sequence
 
@@ -88,14 +88,10 @@ class sLSTMCell(MemoryCell):
         return state
 
     def forward(self, x: Tensor, state: MaybeState, *, resets: ResetMask | None = None) -> tuple[Tensor, MaybeState]:
-        is_step = check_input(x, self.hidden_size, "sLSTMCell")
-        mask = normalise_resets(resets, x, "sLSTMCell")
+        x, mask, is_step = as_sequence(x, resets, self.hidden_size, "sLSTMCell")
         needed = ("y", "c", "n", "m") if self.conv is None else ("y", "c", "n", "m", "conv")
         if state is None or not has_keys(state, *needed):
             state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
-        if is_step:
-            x = x[:, None]
-            mask = None if mask is None else mask[:, None]
         if not x.shape[1]:
             return x, state
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from cognexis.cortex_layers.cells.base import MemoryCell
 from cognexis.cortex_layers.cells.core.axon_layer import AxonLayer, update_parent_state
 from cognexis.cortex_layers.config import XLCellConfig
-from cognexis.cortex_layers.state import check_input, has_keys, normalise_resets
+from cognexis.cortex_layers.state import as_sequence, has_keys
 from cognexis.cortex_layers.types import MaybeState, ResetMask
 from cognexis.kernels.relative_attention import attend_relative
 
@@ -91,13 +91,10 @@ class XLCell(MemoryCell):
         return state
 
     def forward(self, x: Tensor, state: MaybeState, *, resets: ResetMask | None = None) -> tuple[Tensor, MaybeState]:
-        is_step = check_input(x, self.hidden_size, "XLCell")
-        mask = normalise_resets(resets, x, "XLCell")
+        x, mask, is_step = as_sequence(x, resets, self.hidden_size, "XLCell")
         keys = ("mem", "mem_seg", "mem_k", "mem_v") if self.cfg.use_axon_qkv else ("mem", "mem_seg")
         if state is None or not has_keys(state, *keys) or state["mem"].shape[0] != x.shape[0]:
             state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
-        if is_step:
-            x, mask = x.unsqueeze(1), None if mask is None else mask.unsqueeze(1)
         if x.shape[1] == 0:
             return x, state
         M = min(self.cfg.mem_len, state["mem"].shape[1])

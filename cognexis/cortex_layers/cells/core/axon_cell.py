@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from cognexis.cortex_layers.cells.base import MemoryCell
 from cognexis.cortex_layers.config import AxonConfig
-from cognexis.cortex_layers.state import accumulator_dtype, check_input, has_keys, normalise_resets
+from cognexis.cortex_layers.state import accumulator_dtype, as_sequence, has_keys
 from cognexis.cortex_layers.types import MaybeState, ResetMask
 from cognexis.kernels.hadamard import srht_pytorch
 from cognexis.kernels.rtu import TRACE_NAMES, rtu_stream
@@ -99,12 +99,9 @@ class AxonCell(MemoryCell):
                 f"AxonCell: out_dim={self.out_dim} differs from hidden_size={self.hidden_size}; a cell in a block "
                 "must keep the width (enforce_out_dim_eq_hidden=False allows it outside of blocks)"
             )
-        is_step = check_input(x, self.hidden_size, "AxonCell")
-        mask = normalise_resets(resets, x, "AxonCell")
+        x, mask, is_step = as_sequence(x, resets, self.hidden_size, "AxonCell")
         if state is None or not has_keys(state, "hc1", "hc2"):
             state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
-        if is_step:
-            x, mask = x.unsqueeze(1), None if mask is None else mask.unsqueeze(1)
         if x.shape[1] == 0:
             return x.new_zeros(x.shape[0], 0, self.out_dim), state
         traces = tuple(state[name] for name in TRACE_NAMES) if has_keys(state, *TRACE_NAMES) else None
