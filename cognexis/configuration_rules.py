@@ -6,12 +6,12 @@ sound by themselves.
 """
 
 import difflib
-import json
 import math
 import os
 import re
 from typing import Any, NoReturn
 
+from cognexis.checkpoints.json_file import parse_strict_json
 from cognexis.errors import ConfigFault, InvalidConfigError
 
 FFN_ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu")
@@ -338,7 +338,6 @@ def inherited_faults(values: dict[str, Any]) -> dict[str, ConfigFault]:
 # -- files ------------------------------------------------------------------------------------------------------------
 
 MAX_JSON_BYTES = 4 * 2**20
-MAX_DEPTH = 64
 
 
 def read_json_file(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -362,34 +361,11 @@ def parse_json(data: bytes, name: str, max_bytes: int = MAX_JSON_BYTES) -> dict[
     def refuse(reason: str) -> NoReturn:
         raise InvalidConfigError(f"{name}: {reason}", path=name, reason=reason)
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(result := dict(pairs)) < len(pairs):
-            names = [key for key, _ in pairs]
-            refuse(f"the key {next(k for k in names if names.count(k) > 1)!r} is given twice")
-        return result
-
-    def finite(text: str) -> float:
-        return value if math.isfinite(value := float(text)) else refuse(f"the number {text[:40]} is not finite")
-
     if len(data) > max_bytes:
         refuse(f"larger than {max_bytes} bytes")
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
-    except InvalidConfigError:
-        raise
-    except UnicodeDecodeError as error:
-        refuse(f"not UTF-8: {error.reason} at byte {error.start}")
-    except RecursionError:
-        refuse(f"nested more than {MAX_DEPTH} deep")
-    except ValueError as error:  # malformed, or an integer of thousands of digits
-        refuse(f"not valid JSON: {error}")
+    value = parse_strict_json(data, refuse)
     if not isinstance(value, dict):
         refuse(f"must hold one object, got {type(value).__name__}")
-    layer: list[Any] = [value]
-    for _ in range(MAX_DEPTH):
-        layer = [x for y in layer for x in (y.values() if isinstance(y, dict) else y) if isinstance(x, (dict, list))]
-    if layer:
-        refuse(f"nested more than {MAX_DEPTH} deep")
     return value
 
 

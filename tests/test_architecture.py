@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "cortex_layers": {"errors", "kernels"},
     "checkpoints": {"errors"},
     "configuration_cognexis": {"errors", "cortex_layers", "checkpoints", "configuration_rules"},
-    "configuration_rules": {"errors", "cortex_layers"},
+    "configuration_rules": {"errors", "cortex_layers", "checkpoints"},
     "looping": _TO_CONFIGURATION,
     "decoder": {*_TO_CONFIGURATION, "looping", "tokens"},
     "modeling_cognexis": {*_TO_CONFIGURATION, "looping", "decoder"},

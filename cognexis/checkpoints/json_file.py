@@ -5,15 +5,18 @@ name on the same file system, forced to disk, then put in place, so that a reade
 """
 
 import json
+import math
 import os
 import stat
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from cognexis.errors import CheckpointError
+from cognexis.errors import CheckpointError, CognexisError
 
 JSON_LIMIT = 64 * 2**20
+MAX_DEPTH = 64
 
 
 def read_json(path: Path, limit: int = JSON_LIMIT) -> Any:
@@ -22,15 +25,46 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> Any:
     Raises:
         CheckpointError: it is no regular file, too large, or no strict JSON; the message names it.
     """
-    data = read_bytes(path, limit)
+
+    def refuse(reason: str) -> NoReturn:
+        raise CheckpointError(f"{path}: {reason}")
+
+    return parse_strict_json(read_bytes(path, limit), refuse)
+
+
+def parse_strict_json(data: bytes, refuse: Callable[[str], NoReturn]) -> Any:
+    """Parse JSON that nobody vouches for.
+
+    Args:
+        refuse: raises the caller's error for a reason: not UTF-8, malformed, nested more than ``MAX_DEPTH`` deep, a key
+            given twice, a number that is not finite.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(result := dict(pairs)) < len(pairs):
+            names = [key for key, _ in pairs]
+            refuse(f"the key {next(k for k in names if names.count(k) > 1)!r} is given twice")
+        return result
+
+    def finite(text: str) -> float:
+        return value if math.isfinite(value := float(text)) else refuse(f"the number {text[:40]} is not finite")
+
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+    except CognexisError:
+        raise
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: not UTF-8 at byte {error.start}") from error
-    except RecursionError as error:
-        raise CheckpointError(f"{path}: nested too deeply") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+        refuse(f"not UTF-8: {error.reason} at byte {error.start}")
+    except RecursionError:
+        refuse(f"nested more than {MAX_DEPTH} deep")
+    except ValueError as error:  # malformed, or an integer of thousands of digits
+        refuse(f"not valid JSON: {error}")
+    layer: list[Any] = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        layer = [x for y in layer for x in (y.values() if isinstance(y, dict) else y) if isinstance(x, (dict, list))]
+    if layer:
+        refuse(f"nested more than {MAX_DEPTH} deep")
+    return value
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -87,16 +121,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice")
-    return result
-
-
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is no JSON number")

@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from cognexis.configuration_rules import MAX_DEPTH, parse_json
+from cognexis.checkpoints.json_file import MAX_DEPTH
+from cognexis.configuration_rules import parse_json
 from cognexis.errors import ConfigFault, InvalidConfigError
 
 MAX_BYTES = 256 * 2**10

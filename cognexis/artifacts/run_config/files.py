@@ -1,13 +1,13 @@
 """The files around a run configuration: those it names, and the resolved one that every command writes."""
 
 import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from cognexis.artifacts.run_config.documents import yaml_text
 from cognexis.artifacts.run_config.resolving import resolve
 from cognexis.artifacts.run_config.run_config import RunConfig
+from cognexis.checkpoints.json_file import write_bytes
 from cognexis.errors import ConfigFault
 
 RESOLVED_NAME = "config.resolved.yaml"
@@ -52,14 +52,5 @@ def write_resolved(config: RunConfig, folder: str | os.PathLike[str], world_size
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     path = target / RESOLVED_NAME
-    temporary = target / f".{RESOLVED_NAME}.{uuid.uuid4().hex}.tmp"
-    data = yaml_text(resolve(config, world_size).document()).encode("utf-8")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, yaml_text(resolve(config, world_size).document()).encode("utf-8"))
     return path
