@@ -60,12 +60,14 @@ class VerificationResult:
         num_files: number of files that were hashed.
         faults: differences in required files.
         notes: differences in optional files.
+        artifacts: what the manifest names.
     """
 
     is_present: bool
     num_files: int = 0
     faults: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    artifacts: tuple[Artifact, ...] = ()
 
 
 def kind_of(name: str) -> tuple[str, bool] | None:
@@ -182,4 +184,4 @@ def verify_folder(folder: Path) -> VerificationResult:
             differences[artifact.required].append(
                 f"{artifact.path}: content {found} is not the {artifact.sha256} of the manifest"
             )
-    return VerificationResult(True, len(sound), tuple(differences[True]), tuple(differences[False]))
+    return VerificationResult(True, len(sound), tuple(differences[True]), tuple(differences[False]), tuple(artifacts))

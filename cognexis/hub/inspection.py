@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from cognexis.checkpoints.commit import finish_interrupted_save
-from cognexis.checkpoints.manifest import MANIFEST_FILE, read_manifest, verify_folder
+from cognexis.checkpoints.manifest import MANIFEST_FILE, verify_folder
 from cognexis.checkpoints.metadata import read_metadata, read_scheduler
 from cognexis.checkpoints.weights import check_weights, read_headers, weight_files
 from cognexis.configuration_cognexis import CognexisConfig
@@ -57,7 +57,6 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         notes.append("no weights in safetensors format")
     elif config is not None:
         attempt(lambda: check_weights(_skeleton(config), headers))
-    artifacts = attempt(lambda: read_manifest(folder)) if (folder / MANIFEST_FILE).exists() else None
     return {
         "folder": str(folder),
         "faults": list(dict.fromkeys(faults)),
@@ -72,7 +71,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         },
         "files": [
             {"path": artifact.path, "kind": artifact.kind, "bytes": artifact.bytes, "sha256": artifact.sha256}
-            for artifact in artifacts or ()
+            for artifact in (verification.artifacts if verification else ())
         ],
         "tokenizer": _tokenizer(folder, config, attempt),
     }
