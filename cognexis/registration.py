@@ -46,7 +46,7 @@ for _auto_class, _model_class in (
 CognexisConfig._code_writer = write_bundle
 CognexisTokenizer._code_writer = write_tokenizer_code
 CognexisPreTrainedModel._folder_writers = [write_saved_records]
-CognexisPreTrainedModel._build_id = build_id()
+CognexisPreTrainedModel._build_id = staticmethod(build_id)
 
 __all__ = [
     "CardFacts",

@@ -54,7 +54,7 @@ class CheckpointFiles:
     """``save_pretrained`` and ``from_pretrained`` of every Cognexis model, above those of transformers."""
 
     _folder_writers: ClassVar[list[Any]] = []  # the package adds its own files: called with (folder, model)
-    _build_id: ClassVar[str | None] = None  # of the package that saves; a model loaded without it keeps the one it had
+    _build_id: ClassVar[Any] = None  # says which package saves; a model loaded without one keeps the answer it had
     config: Any
     card_facts: CardFacts | None = None
     """What the model card shall say beyond what the model knows; the package writes the card at every save."""
@@ -104,7 +104,8 @@ class CheckpointFiles:
 
     def _write_records(self, folder: Path, target: Path, variant: str | None) -> None:
         record = self.training_record
-        record.build_id = record.build_id or self._build_id
+        if record.build_id is None and self._build_id is not None:
+            record.build_id = self._build_id()
         write_json(folder / METADATA_FILE, metadata_of(self, record, tokenizer_facts(target)))
         write_json(folder / SCHEDULER_FILE, scheduler_state())
         for writer in self._folder_writers:

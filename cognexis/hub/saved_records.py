@@ -4,7 +4,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from cognexis.artifacts.run_config import run_config_of_checkpoint, write_resolved
 from cognexis.checkpoints.metadata import RESOLVED_FILE, tokenizer_facts
 from cognexis.errors import InvalidConfigError
 from cognexis.hub.model_card import write_model_card
@@ -22,6 +21,9 @@ def write_saved_records(folder: Path, model: Any, target: Path) -> None:
         model: the model that is saved.
         target: the checkpoint as it was before; a README of another author stays, its tokenizer is described.
     """
+    # Imported at the first save: the typed sections take half as long to build as the rest of the package to import.
+    from cognexis.artifacts.run_config import run_config_of_checkpoint, write_resolved
+
     write_model_card(folder, model, target)
     checksum = (tokenizer_facts(target) or {}).get("tokenizer_checksum")
     generation_config = getattr(model, "generation_config", None)
