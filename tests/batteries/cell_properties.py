@@ -90,6 +90,11 @@ def run_steps(module: Any, x: Tensor, resets: Tensor | None = None, state: Any =
     return torch.stack(outputs, 1), state
 
 
+def as_path(key: Any) -> tuple[str, ...]:
+    """A key of a state as a path, whether it is nested or not."""
+    return key if isinstance(key, tuple) else (key,)
+
+
 def leaves(state: TensorDict) -> dict[Any, Tensor]:
     """The tensors of a state by their path."""
     return {key: state[key] for key in sorted(state.keys(True, True), key=str)}
@@ -335,6 +340,10 @@ def a_copy_is_the_same_module(unit: Unit) -> None:
     assert_same_state(last, state, 0)
     again, _ = run(twin, x, state=state)
     assert_near(again, run(module, x, state=state)[0], "output of the copy on the original's state")
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.fill_(0.5)
+    assert torch.equal(run(module, x, RESETS)[0], y), "the original follows its copy"
 
 
 def a_saved_module_comes_back(unit: Unit) -> None:
@@ -347,6 +356,22 @@ def a_saved_module_comes_back(unit: Unit) -> None:
         save_file(module.state_dict(), Path(folder) / "module.safetensors")
         twin.load_state_dict(load_file(Path(folder) / "module.safetensors"))
     assert torch.equal(run(twin, x, RESETS)[0], run(module, x, RESETS)[0])
+
+
+def a_saved_state_comes_back(unit: Unit) -> None:
+    module, x = unit.exact(), unit.tokens()
+    _, state = run(module, x[:, :6], RESETS[:, :6])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "state.safetensors"
+        save_file({"/".join(as_path(key)): value.contiguous() for key, value in leaves(state).items()}, path)
+        loaded = TensorDict({}, batch_size=[ROWS])
+        for name, value in load_file(path).items():
+            loaded[tuple(name.split("/"))] = value
+    assert_same_state(loaded, state, 0)
+    y, last = run(module, x[:, 6:], state=loaded)
+    expected, other = run(module, x[:, 6:], state=state)
+    assert torch.equal(y, expected)
+    assert_same_state(last, other, 0)
 
 
 def sixteen_bits_come_near(unit: Unit) -> None:
@@ -406,6 +431,7 @@ PROPERTIES: tuple[Callable[[Unit], None], ...] = (
     no_token_changes_nothing,
     a_copy_is_the_same_module,
     a_saved_module_comes_back,
+    a_saved_state_comes_back,
     sixteen_bits_come_near,
     autocast_comes_near,
     wrong_shapes_are_refused,

@@ -130,7 +130,7 @@ class HFLlamaLayerCell(MemoryCell):
         )
         y = y[0] if isinstance(y, tuple) else y
         position = positions[:, -1] + 1
-        after = {"pos": position, "seg_pos": position, "kv_len": position.clamp(max=self.mem_len)}
+        after = {"pos": position, "seg_pos": position.clone(), "kv_len": position.clamp(max=self.mem_len)}
         if self.mem_len:
             after |= self._kept(cache, began[:, -1], state, T)
         if self.cfg.inplace_cache:
