@@ -14,6 +14,7 @@ import copy
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -294,6 +295,32 @@ def gradients_agree(unit: Unit) -> None:
     assert_same_gradients(gradients(module, x, second_part), gradients(module, x, alone))
 
 
+def gradients_are_finite_differences(unit: Unit) -> None:
+    """Of x, every parameter and the carried state, in the outputs and the new state; integers and traces stay."""
+    module, x = unit.exact(), unit.tokens(4, 2).requires_grad_()
+    _, used = run(module, unit.tokens(3, 2).flip(1))
+    held = {key: value.detach().clone().requires_grad_() for key, value in leaves(used).items() if _varies(key, value)}
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    resets = torch.tensor([[False, False, True, False], [True, False, False, False]])
+
+    def outputs(mask: Tensor | None, x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        state = used.clone()
+        for key, value in zip(held, values, strict=False):
+            state[key] = value
+        y, after = module(x, state, resets=mask)
+        return y, *(value for value in leaves(after).values() if value.requires_grad)
+
+    for mask in (None, resets):
+        # A random direction per input: an error in any entry shows, and the cost does not grow with the width.
+        assert torch.autograd.gradcheck(
+            partial(outputs, mask), (x, *held.values(), *parameters), fast_mode=True, atol=1e-6, rtol=1e-4
+        )
+
+
+def _varies(key: Any, value: Tensor) -> bool:
+    return value.is_floating_point() and not as_path(key)[-1].startswith("E_")
+
+
 def the_state_keeps_its_tree(unit: Unit) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         module = copy.deepcopy(unit.module).to(dtype).eval()
@@ -426,6 +453,7 @@ PROPERTIES: tuple[Callable[[Unit], None], ...] = (
     rows_do_not_mix,
     the_future_does_not_leak,
     gradients_agree,
+    gradients_are_finite_differences,
     the_state_keeps_its_tree,
     a_fresh_state_equals_none,
     no_token_changes_nothing,
@@ -435,4 +463,10 @@ PROPERTIES: tuple[Callable[[Unit], None], ...] = (
     sixteen_bits_come_near,
     autocast_comes_near,
     wrong_shapes_are_refused,
+)
+
+# For stacks and wide columns, whose many parameters make finite differences slow.
+PROPERTIES_OF_MANY = tuple(
+    pytest.param(holds, marks=pytest.mark.slow) if holds is gradients_are_finite_differences else holds
+    for holds in PROPERTIES
 )

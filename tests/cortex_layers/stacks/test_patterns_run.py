@@ -5,7 +5,7 @@ import pytest
 from cognexis.cortex_layers.blocks.column.auto import build_column_auto_block
 from cognexis.cortex_layers.config import AGaLiTeCellConfig, XLCellConfig
 from cognexis.cortex_layers.stacks.auto import build_cortex_auto_stack
-from tests.batteries.cell_properties import PROPERTIES, Unit, randomised
+from tests.batteries.cell_properties import PROPERTIES_OF_MANY, Unit, randomised
 
 # XL and AGaLiTe cut the gradient between calls unless they are told not to.
 ATTACHED = [XLCellConfig(detach_memory=False, mem_len=16), AGaLiTeCellConfig(detach_memory=False)]
@@ -19,7 +19,7 @@ def axon_stack():
     return build_cortex_auto_stack(d_hidden=16, pattern=["M^", "X^S^", "AgA"], override_global_configs=ATTACHED)
 
 
-@pytest.mark.parametrize("holds", PROPERTIES, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("holds", PROPERTIES_OF_MANY, ids=lambda check: check.__name__)
 @pytest.mark.parametrize(
     "build",
     [

@@ -26,7 +26,7 @@ from cognexis.cortex_layers.config import (
 )
 from cognexis.cortex_layers.factory import build_cortex, build_from_dict
 from cognexis.cortex_layers.stacks.auto import build_cortex_auto_config, build_cortex_auto_stack
-from tests.batteries.cell_properties import PROPERTIES, Unit, randomised
+from tests.batteries.cell_properties import PROPERTIES_OF_MANY, Unit, randomised
 from tests.batteries.leaky_cell import LeakyCellConfig
 
 WIDTH = 8
@@ -44,7 +44,7 @@ MIXED = CortexStackConfig(
 )
 
 
-@pytest.mark.parametrize("holds", PROPERTIES, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("holds", PROPERTIES_OF_MANY, ids=lambda check: check.__name__)
 def test_stack_keeps_the_shared_rules(holds):
     holds(Unit(randomised(build_cortex(MIXED))))
 
