@@ -1,13 +1,18 @@
 """Configurations of cells, blocks, columns and stacks, as pydantic models.
 
 A configuration that stands where any cell or block may stand is told apart by its tag (``cell_type``, ``block_type``),
-also in JSON: ``{"cell_type": "lstm", "num_layers": 2}``. ``hidden_size=None``: the block decides.
+also in JSON: ``{"cell_type": "lstm", "num_layers": 2}``. ``hidden_size=None``: the block decides. Sizes and counts are
+integers and nothing that could be read as one (``"4"``, ``True``); other numbers are finite.
 Unknown fields, unknown tags and impossible values are ``ValidationError``s (a ``ValueError``) that name the field.
 """
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, Strict, model_validator
+
+LARGEST_WIDTH = 2**20
+Count = Annotated[int, Strict()]
+Width = Annotated[int, Strict(), Field(ge=1, le=LARGEST_WIDTH)]
 
 ACTIVATIONS = ("identity", "linear", "relu", "silu", "swish", "tanh")
 
@@ -16,14 +21,14 @@ _BLOCKS: dict[str, type["BlockConfig"]] = {}
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=False)
+    model_config = ConfigDict(extra="forbid", validate_default=False, allow_inf_nan=False)
 
 
 class CellConfig(_Config):
     """Base of all cell configurations; subclass it for a cell of your own and give ``cell_type`` a default."""
 
     cell_type: str = ""
-    hidden_size: int | None = Field(default=None, ge=1)
+    hidden_size: Width | None = None
 
 
 class BlockConfig(_Config):
@@ -108,8 +113,8 @@ class AxonConfig(CellConfig):
     r_max: float = Field(default=1.0, gt=0, le=1)
     r_min: float = Field(default=0.0, ge=0, lt=1)
     max_phase: float = Field(default=6.28, gt=0)
-    out_dim: int | None = Field(default=None, ge=1)
-    cuda_seq_threshold: int = Field(default=5000, ge=1)
+    out_dim: Width | None = None
+    cuda_seq_threshold: Count = Field(default=5000, ge=1)
     use_srht: bool = False
     srht_permute: bool = True
     use_fullrank_rtu: bool = False
@@ -138,17 +143,17 @@ class LSTMCellConfig(CellConfig):
     """``torch.nn.LSTM`` with a TensorDict state."""
 
     cell_type: str = "lstm"
-    num_layers: int = Field(default=1, ge=1)
+    num_layers: Count = Field(default=1, ge=1)
     bias: bool = True
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    proj_size: int = Field(default=0, ge=0)
+    proj_size: Count = Field(default=0, ge=0)
 
 
 class GRUCellConfig(CellConfig):
     """``torch.nn.GRU`` with a TensorDict state."""
 
     cell_type: str = "gru"
-    num_layers: int = Field(default=1, ge=1)
+    num_layers: Count = Field(default=1, ge=1)
     bias: bool = True
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
@@ -157,7 +162,7 @@ class CausalConv1dConfig(CellConfig):
     """A causal convolution over time; ``kernel_size=0`` is the identity."""
 
     cell_type: str = "cconv"
-    kernel_size: int = Field(default=4, ge=0)
+    kernel_size: Count = Field(default=4, ge=0)
     causal_conv_bias: bool = True
     channel_mixing: bool = False
 
@@ -168,7 +173,7 @@ class CausalConv1dConfig(CellConfig):
 
 
 class _Heads(CellConfig):
-    num_heads: int = Field(default=4, ge=1)
+    num_heads: Count = Field(default=4, ge=1)
 
     @model_validator(mode="after")
     def _divides(self) -> "_Heads":
@@ -181,8 +186,8 @@ class mLSTMCellConfig(_Heads):
     """Matrix LSTM: an outer-product memory per head, exponential gates, chunkwise training."""
 
     cell_type: str = "mlstm"
-    chunk_size: int = Field(default=64, ge=1)
-    conv1d_kernel_size: int = Field(default=4, ge=0)
+    chunk_size: Count = Field(default=64, ge=1)
+    conv1d_kernel_size: Count = Field(default=4, ge=0)
     use_axon_layer: bool = False
     use_axon_qkv: bool = False
     axon_layer_config: AxonConfig | None = None
@@ -193,7 +198,7 @@ class sLSTMCellConfig(_Heads):
     """Scalar LSTM: exponential gates and a recurrent matrix per head."""
 
     cell_type: str = "slstm"
-    conv1d_kernel_size: int = Field(default=4, ge=0)
+    conv1d_kernel_size: Count = Field(default=4, ge=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     use_axon_layer: bool = False
     axon_layer_config: AxonConfig | None = None
@@ -203,9 +208,9 @@ class XLCellConfig(CellConfig):
     """Attention with relative positions over a rolling memory of past inputs."""
 
     cell_type: str = "xl"
-    n_heads: int = Field(default=4, ge=1)
-    head_dim: int | None = Field(default=None, ge=1)
-    mem_len: int = Field(default=128, ge=0)
+    n_heads: Count = Field(default=4, ge=1)
+    head_dim: Count | None = Field(default=None, ge=1)
+    mem_len: Count = Field(default=128, ge=0)
     attn_dropout: float = Field(default=0.0, ge=0, le=1)
     out_dropout: float = Field(default=0.0, ge=0, le=1)
     use_bias: bool = True
@@ -224,10 +229,10 @@ class AGaLiTeCellConfig(CellConfig):
     """Gated linear attention with oscillating low-rank memories."""
 
     cell_type: str = "agalite"
-    n_heads: int = Field(default=8, ge=1)
-    head_dim: int | None = Field(default=None, ge=1)
-    eta: int = Field(default=6, ge=1)
-    r: int = Field(default=2, ge=1)
+    n_heads: Count = Field(default=8, ge=1)
+    head_dim: Count | None = Field(default=None, ge=1)
+    eta: Count = Field(default=6, ge=1)
+    r: Count = Field(default=2, ge=1)
     eps: float = Field(default=1e-5, gt=0)
     dropout: float = Field(default=0.0, ge=0, le=1)
     detach_memory: bool = True
@@ -250,7 +255,7 @@ class HFLlamaLayerConfig(CellConfig):
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     cell_type: str = "hf_llama_layer"
-    mem_len: int = Field(default=0, ge=0)
+    mem_len: Count = Field(default=0, ge=0)
     inplace_cache: bool = False
     detach_memory: bool = True
     hf_layer: Any = Field(default=None, exclude=True, repr=False)
@@ -302,7 +307,7 @@ class AdapterBlockConfig(BlockConfig):
 
     block_type: str = "adapter"
     base_block: AnyBlock
-    bottleneck: int = Field(default=64, ge=1)
+    bottleneck: Count = Field(default=64, ge=1)
     dropout: float = Field(default=0.0, ge=0, le=1)
     per_channel_gate: bool = False
     activation: str = "gelu"
@@ -320,13 +325,13 @@ class AdapterBlockConfig(BlockConfig):
 class RouterConfig(_Config):
     """How a column weighs its experts: a global prior, and a refinement per token."""
 
-    d_key: int | None = Field(default=None, ge=1)
+    d_key: Count | None = Field(default=None, ge=1)
     temperature: float = Field(default=1.0, gt=0)
-    top_k: int | None = Field(default=None, ge=1)
+    top_k: Count | None = Field(default=None, ge=1)
     use_sqrt_scale: bool = True
     init_scale_wq: float = Field(default=0.0, ge=0)
     init_scale_wk: float | None = Field(default=None, ge=0)
-    d_key_local: int | None = Field(default=None, ge=1)
+    d_key_local: Count | None = Field(default=None, ge=1)
     local_temperature: float = Field(default=1.0, gt=0)
     whisper_lambda: float = Field(default=0.1, ge=0)
     center_refine: bool = True
@@ -361,7 +366,7 @@ class CortexStackConfig(_Config):
     """Blocks in sequence at one width, and a norm behind them."""
 
     blocks: list[AnyBlock]
-    d_hidden: int = Field(ge=1)
+    d_hidden: Width
     post_norm: bool = True
     compile_blocks: bool = False
 
@@ -391,11 +396,14 @@ def inner_size(proj_factor: float, d_hidden: int) -> int:
     """The inner width of a block.
 
     Raises:
-        ValueError: it would be zero.
+        ValueError: it would be zero, or above ``LARGEST_WIDTH``.
     """
     size = int(proj_factor * d_hidden)
-    if size < 1:
-        raise ValueError(f"proj_factor={proj_factor}: gives an inner width of {size} at d_hidden={d_hidden}")
+    if not 1 <= size <= LARGEST_WIDTH:
+        raise ValueError(
+            f"proj_factor={proj_factor}: gives an inner width of {size} at d_hidden={d_hidden}, "
+            f"which must be from 1 to {LARGEST_WIDTH}"
+        )
     return size
 
 
