@@ -47,6 +47,24 @@ _ROPE_KEYS = (
     *("attention_factor", "beta_fast", "beta_slow", "short_factor", "long_factor", "low_freq_factor"),
     *("high_freq_factor", "mscale", "mscale_all_dim", "truncate"),
 )
+VALUE_OUTPUT_KINDS = ("predicted_gain", "continue_logit", "risk_adjusted_gain", "uncertainty")
+VALUE_FEATURES = (
+    *("hidden_delta", "relative_delta", "state_norm", "h0_norm"),
+    *("confidence", "margin", "entropy", "prediction_change"),
+)
+_VALUE_HEAD_CHOICES: dict[str, tuple[str, ...]] = {
+    "kind": ("token", "sequence"),
+    "output_kind": VALUE_OUTPUT_KINDS,
+    "loop_index_policy": ("clamp", "error"),
+}
+_VALUE_HEAD_SIZES = {"bottleneck_size": (4, 512), "max_loops_embedded": (0, HARD_MAX_LOOPS)}
+_VALUE_HEAD_DEFAULTS: dict[str, Any] = {  # "kind" has none
+    "bottleneck_size": 64,
+    "max_loops_embedded": 0,
+    "loop_index_policy": "clamp",
+    "output_kind": "predicted_gain",
+    "features": (),
+}
 MAX_LABELS = 2**20
 _PROBABILITIES = (
     *("attention_dropout", "ffn_dropout", "embedding_dropout", "classifier_dropout"),
@@ -213,8 +231,46 @@ def architecture_faults(values: dict[str, Any], only: set[str] | None = None) ->
         "goes with state_retention='selected'",
     )
     rule("cortex", v["cortex"] is None, "Cortex layers are not part of this version")
-    rule("value_head", v["value_head"] is None, "the value head is not part of this version")
+    faults += [fault.below("value_head") for fault in value_head_faults(v["value_head"])]
     return faults + _rope_faults(v) + _override_faults(v)
+
+
+def value_head_faults(settings: dict[str, Any] | None) -> list[ConfigFault]:
+    """Every broken rule of the field ``value_head``; None, which stands for no head, breaks none."""
+    if settings is None:
+        return []
+    known = ("kind", *_VALUE_HEAD_DEFAULTS)
+    faults = [fault for key in settings if key not in known and (fault := unknown_key_fault(str(key), known))]
+    for name, choices in _VALUE_HEAD_CHOICES.items():
+        if (value := settings.get(name, _VALUE_HEAD_DEFAULTS.get(name))) not in choices:
+            near = nearest_name(value, choices) if isinstance(value, str) else ""
+            faults.append(ConfigFault(name, value, f"must be one of {', '.join(choices)}{near}"))
+    for name, (low, high) in _VALUE_HEAD_SIZES.items():
+        value = settings.get(name, _VALUE_HEAD_DEFAULTS[name])
+        if not (_has_type(value, int) and low <= value <= high):
+            faults.append(ConfigFault(name, value, f"must be an integer between {low} and {high}"))
+    features = settings.get("features", ())
+    if not isinstance(features, (list, tuple)):
+        return [*faults, ConfigFault("features", features, "must be a list of names")]
+    for index, name in enumerate(features):
+        if name not in VALUE_FEATURES:
+            near = nearest_name(name, VALUE_FEATURES) if isinstance(name, str) else ""
+            faults.append(ConfigFault("features", name, f"must be one of {', '.join(VALUE_FEATURES)}{near}"))
+        elif name in features[:index]:
+            faults.append(ConfigFault("features", name, "stands twice"))
+    return faults
+
+
+def value_head_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The field ``value_head`` with every default filled in.
+
+    Raises:
+        InvalidConfigError: lists every broken rule.
+    """
+    if faults := [fault.below("value_head") for fault in value_head_faults(settings)]:
+        raise config_error(faults)
+    complete = {"kind": settings["kind"], **_VALUE_HEAD_DEFAULTS, **settings}
+    return complete | {"features": list(complete["features"])}
 
 
 def _rope_faults(v: dict[str, Any]) -> list[ConfigFault]:
