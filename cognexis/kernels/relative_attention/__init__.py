@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cognexis.errors import ShapeMismatchError
 from cognexis.kernels.dispatch import choose
+from cognexis.kernels.relative_attention.inputs import RelativeInputs
 from cognexis.kernels.relative_attention.reference import relative_attention_reference
 from cognexis.kernels.relative_attention.vectorised import relative_attention_vectorised
 
@@ -63,20 +64,9 @@ def attend_relative(
             raise ShapeMismatchError(f"attend_relative: {name} of shape {list(value.shape)}, expected {list(shape)}")
     dtype = torch.promote_types(q.dtype, torch.float32)
     chosen = choose("attend_relative", q, form=form).form
+    inputs = RelativeInputs(*(value.to(dtype) for value in (q, k, v, r, u, v_bias)))
     with torch.autocast(q.device.type, enabled=False):
-        y = _FORMS[chosen](
-            q.to(dtype),
-            k.to(dtype),
-            v.to(dtype),
-            r.to(dtype),
-            seg_full,
-            u.to(dtype),
-            v_bias.to(dtype),
-            M,
-            scale,
-            window,
-            dropout,
-        )
+        y = _FORMS[chosen](inputs, seg_full, M, scale, window, dropout)
     return y.to(q.dtype)
 
 

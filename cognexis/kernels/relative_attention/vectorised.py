@@ -7,60 +7,32 @@ distance: a column is put in front, and the rows are read anew with one entry le
 import torch
 from torch import Tensor
 
+from cognexis.kernels.relative_attention.inputs import RelativeInputs
+
 _BLOCK = 256
 
 
 def relative_attention_vectorised(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    r: Tensor,
-    seg_full: Tensor,
-    u: Tensor,
-    v_bias: Tensor,
-    M: int,
-    scale: float,
-    window: int | None,
-    dropout: float,
+    inputs: RelativeInputs, segments: Tensor, M: int, scale: float, window: int | None, dropout: float
 ) -> Tensor:
     """See ``attend_relative``."""
+    q, k, v, r, u, v_bias = inputs
     T = q.shape[2]
     outputs = []
     for start in range(0, T, _BLOCK):
         stop = min(T, start + _BLOCK)
         low = 0 if window is None else max(0, M + start - window)
         keys = slice(low, M + stop)
-        outputs.append(
-            _attend_block(
-                q[:, :, start:stop],
-                k[:, :, keys],
-                v[:, :, keys],
-                r[:, r.shape[1] - (M + stop - low) :],
-                seg_full[:, keys],
-                u,
-                v_bias,
-                M + start - low,
-                scale,
-                window,
-                dropout,
-            )
-        )
+        codes = r[:, r.shape[1] - (M + stop - low) :]
+        block = RelativeInputs(q[:, :, start:stop], k[:, :, keys], v[:, :, keys], codes, u, v_bias)
+        outputs.append(_attend_block(block, segments[:, keys], M + start - low, scale, window, dropout))
     return torch.zeros_like(q) if not outputs else outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
 
 def _attend_block(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    r: Tensor,
-    segments: Tensor,
-    u: Tensor,
-    v_bias: Tensor,
-    M: int,
-    scale: float,
-    window: int | None,
-    dropout: float,
+    inputs: RelativeInputs, segments: Tensor, M: int, scale: float, window: int | None, dropout: float
 ) -> Tensor:
+    q, k, v, r, u, v_bias = inputs
     T, L = q.shape[2], k.shape[2]
     content = (q + u.unsqueeze(1)) @ k.transpose(-1, -2)
     position = _shift((q + v_bias.unsqueeze(1)) @ r.transpose(-1, -2))
