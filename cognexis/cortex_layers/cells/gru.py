@@ -11,6 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from cognexis.cortex_layers.cells.base import MemoryCell
+from cognexis.cortex_layers.cells.torch_layers import recurrent_layer
 from cognexis.cortex_layers.config import GRUCellConfig
 from cognexis.cortex_layers.state import as_sequence, has_keys
 from cognexis.cortex_layers.types import MaybeState, ResetMask
@@ -23,19 +24,7 @@ class GRUCell(MemoryCell):
     def __init__(self, cfg: GRUCellConfig) -> None:
         super().__init__(cfg.hidden_size)  # type: ignore[arg-type]
         self.cfg = cfg
-        self.net = nn.GRU(
-            self.hidden_size,
-            self.hidden_size,
-            num_layers=cfg.num_layers,
-            bias=cfg.bias,
-            batch_first=True,
-            dropout=cfg.dropout if cfg.num_layers > 1 else 0.0,
-        )
-        for name, parameter in self.net.named_parameters():
-            if name.startswith("weight"):
-                nn.init.orthogonal_(parameter)
-            else:
-                nn.init.zeros_(parameter)
+        self.net = recurrent_layer(nn.GRU, cfg, bias=0.0)
 
     def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> TensorDict:
         h = torch.zeros(batch, self.cfg.num_layers, self.hidden_size, device=device, dtype=dtype)

@@ -11,6 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from cognexis.cortex_layers.cells.base import MemoryCell
+from cognexis.cortex_layers.cells.torch_layers import recurrent_layer
 from cognexis.cortex_layers.config import LSTMCellConfig
 from cognexis.cortex_layers.state import accumulator_dtype, as_sequence, has_keys
 from cognexis.cortex_layers.types import MaybeState, ResetMask
@@ -29,19 +30,7 @@ class LSTMCell(MemoryCell):
         if cfg.proj_size:
             raise ValueError(f"LSTMCell: proj_size={cfg.proj_size}: must be 0")
         self.cfg = cfg
-        self.net = nn.LSTM(
-            self.hidden_size,
-            self.hidden_size,
-            num_layers=cfg.num_layers,
-            bias=cfg.bias,
-            batch_first=True,
-            dropout=cfg.dropout if cfg.num_layers > 1 else 0.0,
-        )
-        for name, parameter in self.net.named_parameters():
-            if name.startswith("weight"):
-                nn.init.orthogonal_(parameter)
-            else:
-                nn.init.ones_(parameter)
+        self.net = recurrent_layer(nn.LSTM, cfg, bias=1.0)
 
     def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> TensorDict:
         shape = (batch, self.cfg.num_layers, self.hidden_size)
