@@ -22,32 +22,29 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cognexis.cortex_layers.cells.base import MemoryCell
-from cognexis.cortex_layers.cells.conv import CausalConv1d
-from cognexis.cortex_layers.cells.core.axon_layer import AxonLayer, update_parent_state
+from cognexis.cortex_layers.cells.convolved import ConvolvedCell
+from cognexis.cortex_layers.cells.core.axon_layer import AxonLayer
 from cognexis.cortex_layers.cells.head_norm import MultiHeadLayerNorm, bias_linspace_init_
-from cognexis.cortex_layers.config import CausalConv1dConfig, mLSTMCellConfig
-from cognexis.cortex_layers.state import accumulator_dtype, as_sequence, has_keys
-from cognexis.cortex_layers.types import MaybeState, ResetMask
+from cognexis.cortex_layers.config import mLSTMCellConfig
+from cognexis.cortex_layers.state import accumulator_dtype
 from cognexis.kernels.mlstm import mlstm_sequence
 
 
-class mLSTMCell(MemoryCell):
+class mLSTMCell(ConvolvedCell):
     """Matrix LSTM.
 
     Raises:
         ValueError: ``num_heads`` does not divide ``hidden_size``.
     """
 
+    memory_keys = ("c", "n", "m")
+
     def __init__(self, cfg: mLSTMCellConfig) -> None:
-        super().__init__(cfg.hidden_size)  # type: ignore[arg-type]
+        super().__init__(cfg.hidden_size, cfg.conv1d_kernel_size)  # type: ignore[arg-type]
         width, heads = self.hidden_size, cfg.num_heads
         self.cfg = cfg
         self.norm = MultiHeadLayerNorm(width, heads)  # refuses heads that do not divide
         self.head_dim = width // heads
-        self.conv: CausalConv1d | None = None
-        if cfg.conv1d_kernel_size:
-            self.conv = CausalConv1d(CausalConv1dConfig(hidden_size=width, kernel_size=cfg.conv1d_kernel_size))
         self.qk: AxonLayer | None = None
         self.v: AxonLayer | None = None
         if cfg.use_axon_qkv:
@@ -71,40 +68,15 @@ class mLSTMCell(MemoryCell):
             nn.init.normal_(linear.bias, std=0.1)
         return gate
 
-    def axon_layers(self) -> list[AxonLayer]:
-        """The layers that keep a state of their own inside the cell's."""
-        return [layer for layer in (self.qk, self.v, self.igate, self.fgate) if isinstance(layer, AxonLayer)]
-
-    def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> TensorDict:
+    def fresh_memories(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
         heads, width = self.cfg.num_heads, self.head_dim
         shapes = {"c": (width, width), "n": (width, 1), "m": (1, 1)}
         wide = accumulator_dtype(dtype)
-        state = TensorDict(
-            {key: torch.zeros(batch, heads, *shape, device=device, dtype=wide) for key, shape in shapes.items()},
-            batch_size=[batch],
-            device=device,
-        )
-        if self.conv is not None:
-            state.update(self.conv.init_state(batch, device=device, dtype=dtype))
-        for layer in self.axon_layers():
-            layer.init_into(state, batch, device, dtype)
-        return state
+        return {key: torch.zeros(batch, heads, *shape, device=device, dtype=wide) for key, shape in shapes.items()}
 
-    def forward(self, x: Tensor, state: MaybeState, *, resets: ResetMask | None = None) -> tuple[Tensor, MaybeState]:
-        x, mask, is_step = as_sequence(x, resets, self.hidden_size, "mLSTMCell")
-        needed = ("c", "n", "m") if self.conv is None else ("c", "n", "m", "conv")
-        if state is None or not has_keys(state, *needed):
-            state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
-        if not x.shape[1]:
-            return x, state
-
-        parent = state.copy()  # AxonLayers write into it
-        next_state = TensorDict({}, batch_size=[x.shape[0]], device=x.device)
-        mixed = x
-        if self.conv is not None:
-            mixed, window = self.conv(x, state, resets=mask)
-            mixed = F.silu(mixed)
-            next_state.update(window)
+    def recur(
+        self, x: Tensor, mixed: Tensor, parent: TensorDict, mask: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         qk = mixed if self.qk is None else F.silu(self.qk(mixed, parent, resets=mask))
         v = x if self.v is None else self.v(x, parent, resets=mask)
         gates = torch.cat([qk, qk, v], -1)
@@ -115,16 +87,14 @@ class mLSTMCell(MemoryCell):
             v,
             self._run_gate(self.igate, gates, parent, mask),
             self._run_gate(self.fgate, gates, parent, mask),
-            state["c"],
-            state["n"][..., 0],
-            state["m"][..., 0, 0],
+            parent["c"],
+            parent["n"][..., 0],
+            parent["m"][..., 0, 0],
             resets=mask,
             chunk_size=self.cfg.chunk_size,
         )
-        next_state.update({"c": c, "n": n[..., None], "m": m[..., None, None]})
-        update_parent_state(next_state, parent)
         y = self.norm(h.transpose(1, 2)).to(x.dtype)
-        return y[:, 0] if is_step else y, next_state
+        return y, {"c": c, "n": n[..., None], "m": m[..., None, None]}
 
     def _run_gate(self, gate: nn.Module, x: Tensor, parent: TensorDict, mask: Tensor | None) -> Tensor:
         """``[B, T, 3 H]`` to ``[B, N, T]``."""

@@ -20,15 +20,12 @@ Letters: B batch, T time, H hidden, N heads, D head width, K taps.
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from cognexis.cortex_layers.cells.base import MemoryCell
-from cognexis.cortex_layers.cells.conv import CausalConv1d
-from cognexis.cortex_layers.cells.core.axon_layer import AxonLayer, update_parent_state
+from cognexis.cortex_layers.cells.convolved import ConvolvedCell
+from cognexis.cortex_layers.cells.core.axon_layer import AxonLayer
 from cognexis.cortex_layers.cells.head_norm import MultiHeadLayerNorm, bias_linspace_init_
-from cognexis.cortex_layers.config import CausalConv1dConfig, sLSTMCellConfig
-from cognexis.cortex_layers.state import accumulator_dtype, as_sequence, has_keys
-from cognexis.cortex_layers.types import MaybeState, ResetMask
+from cognexis.cortex_layers.config import sLSTMCellConfig
+from cognexis.cortex_layers.state import accumulator_dtype
 from cognexis.kernels.slstm import slstm_sequence
 
 
@@ -45,22 +42,21 @@ class HeadwiseLinear(nn.Module):
         return torch.einsum("btni,nio->btno", x, self.weight)
 
 
-class sLSTMCell(MemoryCell):
+class sLSTMCell(ConvolvedCell):
     """Scalar LSTM with heads.
 
     Raises:
         ValueError: ``num_heads`` does not divide ``hidden_size``.
     """
 
+    memory_keys = ("y", "c", "n", "m")
+
     def __init__(self, cfg: sLSTMCellConfig) -> None:
-        super().__init__(cfg.hidden_size)  # type: ignore[arg-type]
+        super().__init__(cfg.hidden_size, cfg.conv1d_kernel_size)  # type: ignore[arg-type]
         width, heads = self.hidden_size, cfg.num_heads
         self.cfg = cfg
         self.norm = MultiHeadLayerNorm(width, heads)  # refuses heads that do not divide
         self.head_dim = width // heads
-        self.conv: CausalConv1d | None = None
-        if cfg.conv1d_kernel_size:
-            self.conv = CausalConv1d(CausalConv1dConfig(hidden_size=width, kernel_size=cfg.conv1d_kernel_size))
         if cfg.use_axon_layer:
             self.if_fused = AxonLayer(width, 2 * width, cfg.axon_layer_config, name="if_fused", group="slstm")
             self.zo_fused = AxonLayer(width, 2 * width, cfg.axon_layer_config, name="zo_fused", group="slstm")
@@ -72,39 +68,16 @@ class sLSTMCell(MemoryCell):
             bias_linspace_init_(self.bias.data[head, 1])
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def axon_layers(self) -> list[AxonLayer]:
-        """The layers that keep a state of their own inside the cell's."""
-        return [self.if_fused, self.zo_fused] if self.cfg.use_axon_layer else []
+    def fresh_memories(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
+        dtypes = dict.fromkeys(self.memory_keys, accumulator_dtype(dtype)) | {"y": dtype}
+        return {key: torch.zeros(batch, self.hidden_size, device=device, dtype=dtypes[key]) for key in dtypes}
 
-    def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> TensorDict:
-        shape, wide = (batch, self.hidden_size), accumulator_dtype(dtype)
-        state = TensorDict({"y": torch.zeros(shape, device=device, dtype=dtype)}, batch_size=[batch], device=device)
-        for key in ("c", "n", "m"):
-            state[key] = torch.zeros(shape, device=device, dtype=wide)
-        if self.conv is not None:
-            state.update(self.conv.init_state(batch, device=device, dtype=dtype))
-        for layer in self.axon_layers():
-            layer.init_into(state, batch, device, dtype)
-        return state
-
-    def forward(self, x: Tensor, state: MaybeState, *, resets: ResetMask | None = None) -> tuple[Tensor, MaybeState]:
-        x, mask, is_step = as_sequence(x, resets, self.hidden_size, "sLSTMCell")
-        needed = ("y", "c", "n", "m") if self.conv is None else ("y", "c", "n", "m", "conv")
-        if state is None or not has_keys(state, *needed):
-            state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
-        if not x.shape[1]:
-            return x, state
-
-        parent = state.copy()  # AxonLayers write into it
-        next_state = TensorDict({}, batch_size=[x.shape[0]], device=x.device)
-        mixed = x
-        if self.conv is not None:
-            mixed, window = self.conv(x, state, resets=mask)
-            mixed = F.silu(mixed)
-            next_state.update(window)
+    def recur(
+        self, x: Tensor, mixed: Tensor, parent: TensorDict, mask: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         heads, width = self.cfg.num_heads, self.head_dim
         wide = accumulator_dtype(x.dtype)
-        held = torch.stack([state[key].to(wide).unflatten(-1, (heads, width)) for key in ("y", "c", "n", "m")])
+        held = torch.stack([parent[key].to(wide).unflatten(-1, (heads, width)) for key in self.memory_keys])
         h, others = slstm_sequence(
             self._from_input(x, mixed, parent, mask),
             self.recurrent_kernel.unflatten(1, (4, width)).transpose(0, 1),
@@ -113,10 +86,8 @@ class sLSTMCell(MemoryCell):
             resets=mask,
         )
         last = dict(zip("cnm", others[:, -1].flatten(-2), strict=True))
-        next_state.update({"y": h[:, -1].flatten(-2).to(state["y"].dtype)} | last)
-        update_parent_state(next_state, parent)
         y = self.norm(self.dropout(h)).to(x.dtype)
-        return y[:, 0] if is_step else y, next_state
+        return y, {"y": h[:, -1].flatten(-2).to(parent["y"].dtype)} | last
 
     def _from_input(self, x: Tensor, mixed: Tensor, parent: TensorDict, mask: Tensor | None) -> Tensor:
         """What x and its convolution give to the gates: ``[B, T, 4, N, D]``."""
