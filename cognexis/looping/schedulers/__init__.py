@@ -1,0 +1,1 @@
+"""Schedulers: what decides, after every loop, who runs another one."""

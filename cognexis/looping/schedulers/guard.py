@@ -1,0 +1,95 @@
+"""The hard rules that no scheduler can pass: the one place where bounds and budgets are enforced.
+
+In this order, each for every slot by itself:
+
+    is_risky                                     -> halt, safety
+    no loops, operations or milliseconds left    -> halt, budget
+    loops >= max_loops                           -> halt, max_loops
+    loops < min_loops                            -> continue, with the note min_loops_not_met
+    otherwise                                    -> what the scheduler says
+
+A budget that is no number counts as used up. A scheduler's own halt may carry the reasons min_delta, confidence,
+value_gain, max_loops (a fixed depth that is reached) and forced; any other becomes forced, so that "safety" and
+"budget" always mean that the rule above struck.
+
+Source: contract D-04, SCH-04, SCH-14.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cognexis.errors import InvalidConfigError, ShapeMismatchError
+from cognexis.looping.schedulers.base import NO_REASON, LoopDecision, LoopObservation, reason_code
+
+_MIN_LOOPS_NOT_MET = reason_code("min_loops_not_met")
+_MAX_LOOPS = reason_code("max_loops")
+_BUDGET = reason_code("budget")
+_SAFETY = reason_code("safety")
+_FORCED = reason_code("forced")
+_SOFT_REASONS = tuple(map(reason_code, ("min_delta", "confidence", "value_gain", "max_loops", "forced")))
+
+
+def apply_bounds(observation: LoopObservation, decision: Any) -> LoopDecision:
+    """Return the decision that really holds; applying it twice changes nothing.
+
+    Args:
+        observation: bounds, budgets and risk, ``[slots]``.
+        decision: what a scheduler returned; ``halt`` and ``reasons`` have the shape of the slots, or no axes.
+
+    Raises:
+        InvalidConfigError: no ``LoopDecision``, or tensors of the wrong type.
+        ShapeMismatchError: a decision about other slots.
+    """
+    if not isinstance(decision, LoopDecision):
+        message = f"a scheduler returned {type(decision).__name__}; observe() must return a LoopDecision"
+        raise InvalidConfigError(message, path="scheduler", value=decision)
+    halt = _of_slots("halt", decision.halt, observation)
+    reasons = _of_slots("reasons", decision.reasons, observation)
+    if halt.dtype != torch.bool or reasons.dtype.is_floating_point or reasons.dtype.is_complex:
+        message = f"a scheduler returned halt of {halt.dtype} and reasons of {reasons.dtype}; must be bool and int8"
+        raise InvalidConfigError(message, path="scheduler", value=decision)
+    halt, reasons = torch.broadcast_tensors(halt, reasons)
+    if observation.loops >= observation.max_loops:
+        halt, reasons = torch.ones_like(halt), torch.full_like(reasons, _MAX_LOOPS, dtype=torch.int8)
+    elif observation.loops < observation.min_loops:
+        halt, reasons = torch.zeros_like(halt), torch.full_like(reasons, _MIN_LOOPS_NOT_MET, dtype=torch.int8)
+    else:
+        reasons = torch.where(halt, _legal(reasons), NO_REASON).to(torch.int8)
+    if (used_up := _used_up(observation, halt)) is not None:
+        halt, reasons = halt | used_up, torch.where(used_up, _BUDGET, reasons)
+    if observation.is_risky is not None:
+        is_risky = observation.is_risky.to(torch.bool)
+        halt, reasons = halt | is_risky, torch.where(is_risky, _SAFETY, reasons)
+    return LoopDecision(halt, reasons, decision.diagnostics)
+
+
+def _used_up(observation: LoopObservation, like: Tensor) -> Tensor | None:
+    """Slots, shaped as ``like``, without any budget left; None where no budget can be used up."""
+    left = [observation.remaining_flops, observation.remaining_ms]
+    loops = observation.remaining_loops
+    if not isinstance(loops, Tensor):
+        left.append(loops)
+    if any(amount is not None and not amount > 0 for amount in left):
+        return torch.ones_like(like)
+    return ~(loops > 0) if isinstance(loops, Tensor) else None
+
+
+def _legal(reasons: Tensor) -> Tensor:
+    """Reasons that a scheduler may give; others become forced."""
+    is_soft = reasons == _SOFT_REASONS[0]
+    for code in _SOFT_REASONS[1:]:
+        is_soft = is_soft | (reasons == code)
+    return torch.where(is_soft, reasons, _FORCED)
+
+
+def _of_slots(name: str, values: Any, observation: LoopObservation) -> Tensor:
+    if not isinstance(values, Tensor):
+        message = f"a scheduler returned {name} as {type(values).__name__}; must be a tensor"
+        raise InvalidConfigError(message, path=f"scheduler.{name}", value=values)
+    if values.ndim and observation.shape and values.shape != observation.shape:
+        expected, actual = tuple(observation.shape), tuple(values.shape)
+        message = f"a scheduler returned {name} of shape {actual}; the slots have {expected}"
+        raise ShapeMismatchError(message, expected=expected, actual=actual)
+    return values.to(observation.device or values.device).expand(observation.shape or values.shape)
