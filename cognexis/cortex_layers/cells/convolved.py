@@ -58,14 +58,17 @@ class ConvolvedCell(MemoryCell):
             The output and the new memories.
         """
 
-    def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> TensorDict:
+    def init_state(
+        self, batch: int, *, device: torch.device | str, dtype: torch.dtype, traces: bool = True
+    ) -> TensorDict:
+        """A fresh state; ``traces`` concerns the AxonLayers."""
         memories = self.fresh_memories(batch, device=device, dtype=dtype)
         state = TensorDict(memories, batch_size=[batch], device=device)
         if self.conv is not None:
             state.update(self.conv.init_state(batch, device=device, dtype=dtype))
         for layer in self.children():
             if isinstance(layer, AxonLayer):
-                layer.init_into(state, batch, device, dtype)
+                layer.init_into(state, batch, device, dtype, traces)
         return state
 
     def forward(self, x: Tensor, state: MaybeState, *, resets: ResetMask | None = None) -> tuple[Tensor, MaybeState]:

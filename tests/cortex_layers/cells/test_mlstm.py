@@ -42,6 +42,20 @@ def test_state_has_the_documented_shapes():
     assert "conv" not in build(conv1d_kernel_size=0).init_state(3, device="cpu", dtype=torch.float32)
 
 
+def test_state_without_traces_stays_so_and_gives_the_same_numbers():
+    cell = randomised(build(use_axon_layer=True, use_axon_qkv=True), 0.1)
+    x, resets = torch.randn(2, 9, 8), torch.rand(2, 9) < 0.2
+    start = cell.init_state(2, device="cpu", dtype=torch.float32, traces=False)
+    groups = [("mlstm", "igate"), ("mlstm", "fgate"), ("mlstm_qkv", "qk"), ("mlstm_qkv", "v")]
+    y, after = cell(x, start, resets=resets)
+    expected, full = cell(x, None, resets=resets)
+    for state in (start, after, cell.reset_state(after, torch.ones(2)), cell(x[:, 0], after)[1]):
+        assert all(sorted(state[group].keys()) == ["hc1", "hc2"] for group in groups)
+    assert all(len(full[group].keys()) == 10 for group in groups)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(after["mlstm", "igate", "hc1"], full["mlstm", "igate", "hc1"])
+
+
 def test_axon_configuration_reaches_its_layers():
     cell = build(use_axon_qkv=True, axon_qkv_config=AxonConfig(use_fullrank_rtu=True))
     assert cell.qk.cell.cfg.use_fullrank_rtu and cell.v.cell.cfg.use_fullrank_rtu

@@ -59,6 +59,19 @@ def test_state_has_the_documented_shapes():
     assert "conv" not in build(conv1d_kernel_size=0).init_state(3, device="cpu", dtype=torch.float32)
 
 
+def test_state_without_traces_stays_so_and_gives_the_same_numbers():
+    cell = randomised(build(use_axon_layer=True))
+    x, resets = torch.randn(2, 9, 8), torch.rand(2, 9) < 0.2
+    start = cell.init_state(2, device="cpu", dtype=torch.float32, traces=False)
+    y, after = cell(x, start, resets=resets)
+    expected, full = cell(x, None, resets=resets)
+    for state in (start, after, cell.reset_state(after, torch.ones(2)), cell(x[:, 0], after)[1]):
+        assert all(sorted(state["slstm", name].keys()) == ["hc1", "hc2"] for name in ("if_fused", "zo_fused"))
+    assert all(len(full["slstm", name].keys()) == 10 for name in ("if_fused", "zo_fused"))
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(after["slstm", "if_fused", "hc1"], full["slstm", "if_fused", "hc1"])
+
+
 def test_dropout_leaves_the_state_alone():
     cell = build(dropout=0.5).train()
     x = torch.randn(2, 5, 8)

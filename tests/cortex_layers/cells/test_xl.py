@@ -63,6 +63,16 @@ def test_state_has_fixed_length_and_detached_memory(is_axon):
     assert not any(state[key].requires_grad for key in memories)
 
 
+def test_state_without_traces_stays_so_and_gives_the_same_numbers():
+    module = cell(mem_len=4, use_axon_qkv=True)
+    x = torch.randn(2, 6, 8)
+    start = module.init_state(2, device="cpu", dtype=torch.float32, traces=False)
+    y, after = module(x, start)
+    for state in (start, after, module.reset_state(after, torch.ones(2))):
+        assert all(sorted(state["xl_qkv", name].keys()) == ["hc1", "hc2"] for name in "qkv")
+    torch.testing.assert_close(y, module(x, None)[0])
+
+
 def test_longer_memory_is_cut_and_another_batch_size_starts_fresh():
     module = cell(mem_len=4).double()
     x = torch.randn(2, 9, 8, dtype=torch.float64)
