@@ -1,6 +1,9 @@
 """Schedulers by name, tiers, and what all schedulers must do alike."""
 
+import inspect
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -246,6 +249,34 @@ def test_a_description_is_not_changed():
     spec = {"type": "rule_based", "min_delta": 1}
     build_scheduler(spec)
     assert spec == {"type": "rule_based", "min_delta": 1}
+
+
+# ---- documentation ----
+
+PAGE = Path(__file__).parents[3] / "docs" / "adaptive_depth.md"
+
+
+def cells(first):
+    """The further cells of the table row that begins with ``first`` in code font."""
+    row = next(line for line in PAGE.read_text("utf-8").splitlines() if line.startswith(f"| `{first}` |"))
+    return [cell.strip() for cell in row.strip("|").split("|")[1:]]
+
+
+@pytest.mark.parametrize("name", ["fixed", "rule_based", "value_head", "hybrid", "act", "oracle"])
+def test_page_lists_every_field_with_its_default(name):
+    parameters = inspect.signature(registry._BUILT_IN[name]).parameters.values()
+    common = {"patience": 1, "delay": 0, "hysteresis": 0.0}
+    own = [each for each in parameters if each.name not in common]
+    expected = [each.name if each.default is each.empty else f"{each.name}={each.default!r}" for each in own]
+    assert re.findall(r"`([^`]+)`", cells(name)[0]) == expected
+    assert {each.name: each.default for each in parameters if each not in own} in ({}, common)
+    assert all(cells(field)[0] == f"`{default}`" for field, default in common.items())
+
+
+@pytest.mark.parametrize("tier", QUALITY_TIERS)
+def test_page_lists_the_thresholds_of_the_tiers(tier):
+    thresholds = tier_settings(tier, 1, 8)[2]
+    assert [float(cell) for cell in cells(tier)[1:]] == list(thresholds.values())
 
 
 # ---- tiers ----
