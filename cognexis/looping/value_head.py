@@ -33,13 +33,6 @@ _FALLS_WITH_DISTANCE = ("confidence", "margin")
 _DECADES = 6.0
 
 
-def effective_gain(
-    quality_gain: Any, risk: Any = 0.0, cost: Any = 0.0, *, risk_weight: float = 0.0, latency_weight: float = 0.0
-) -> Any:
-    """The gain that counts: ``quality_gain - risk_weight * risk - latency_weight * cost``, numbers or tensors."""
-    return quality_gain - risk_weight * risk - latency_weight * cost
-
-
 def scaled_feature(name: str, signal: Tensor) -> Tensor:
     """The feature that the head reads in place of ``signal``; see the module docstring."""
     distance = 1.0 - signal if name in _FALLS_WITH_DISTANCE else signal

@@ -12,7 +12,7 @@ from cognexis import CognexisConfig, CognexisForCausalLM
 from cognexis.configuration_rules import VALUE_FEATURES, VALUE_OUTPUT_KINDS
 from cognexis.errors import InvalidConfigError, ShapeMismatchError
 from cognexis.looping.value_calibration import build_calibration
-from cognexis.looping.value_head import ValueHead, attach_value_head, effective_gain, scaled_feature
+from cognexis.looping.value_head import ValueHead, attach_value_head, scaled_feature
 from tests.batteries.tiny import tiny_config, tiny_model
 
 H = 16
@@ -149,11 +149,6 @@ def test_missing_feature_and_wrong_shapes_are_named():
     for mask in (MASK[:2], MASK.long()):
         with pytest.raises(ShapeMismatchError, match=r"mask \(torch.*wanted torch.bool\)"):
             made(h, 1, mask, signals)
-
-
-def test_effective_gain_charges_risk_and_cost():
-    assert effective_gain(0.48, 0.1, 2.0, risk_weight=0.5, latency_weight=0.1) == pytest.approx(0.23)
-    assert effective_gain(0.48, 0.1, 2.0) == 0.48
 
 
 def test_uncertainty_is_never_negative_and_gains_may_be():
