@@ -28,6 +28,7 @@ from cognexis.cortex_layers.cells.head_norm import MultiHeadLayerNorm, bias_lins
 from cognexis.cortex_layers.config import mLSTMCellConfig
 from cognexis.cortex_layers.state import accumulator_dtype
 from cognexis.kernels.mlstm import mlstm_sequence
+from cognexis.kernels.precision import no_autocast
 
 
 class mLSTMCell(ConvolvedCell):
@@ -100,7 +101,7 @@ class mLSTMCell(ConvolvedCell):
         """``[B, T, 3 H]`` to ``[B, N, T]``."""
         if isinstance(gate, nn.Linear):
             wide = accumulator_dtype(x.dtype)
-            with torch.autocast(x.device.type, enabled=False):
+            with no_autocast(x):
                 y = F.linear(x.to(wide), gate.weight.to(wide), gate.bias.to(wide))
         else:
             y = gate(x, parent, resets=mask)

@@ -24,6 +24,7 @@ from cognexis.kernels.agalite.inputs import AgaliteInputs, AgaliteState
 from cognexis.kernels.agalite.reference import agalite_reference
 from cognexis.kernels.agalite.vectorised import agalite_vectorised
 from cognexis.kernels.dispatch import choose
+from cognexis.kernels.precision import no_autocast
 
 _FORMS = {"reference": agalite_reference, "vectorised": agalite_vectorised}
 
@@ -76,7 +77,7 @@ def agalite_scan(
     dtype = torch.promote_types(inputs.v.dtype, torch.float32)
     ticks = _ticks(tick, T, resets)
     chosen = choose("agalite_scan", inputs.v, form=form).form
-    with torch.autocast(inputs.v.device.type, enabled=False):
+    with no_autocast(inputs.v):
         y, after = _FORMS[chosen](
             AgaliteInputs(*(value.to(dtype) for value in inputs)),
             AgaliteState(*(value.to(dtype) for value in state)),

@@ -13,6 +13,7 @@ from cognexis.errors import ShapeMismatchError
 from cognexis.kernels.discount.reference import discount_reference
 from cognexis.kernels.discount.vectorised import discount_vectorised
 from cognexis.kernels.dispatch import choose
+from cognexis.kernels.precision import no_autocast
 
 _FORMS = {"reference": discount_reference, "vectorised": discount_vectorised}
 
@@ -42,7 +43,7 @@ def discounted_sum(start_state: Tensor, x: Tensor, discounts: Tensor, *, form: s
             )
     dtype = torch.promote_types(torch.promote_types(x.dtype, discounts.dtype), torch.float32)
     chosen = choose("discounted_sum", x, form=form).form
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         return _FORMS[chosen](start.to(dtype), x.to(dtype), factors.to(dtype)).to(x.dtype)
 
 

@@ -16,6 +16,7 @@ from cognexis.errors import ShapeMismatchError
 from cognexis.kernels.dispatch import choose
 from cognexis.kernels.hadamard.reference import hadamard_reference
 from cognexis.kernels.hadamard.vectorised import hadamard_vectorised
+from cognexis.kernels.precision import no_autocast
 
 _FORMS = {"reference": hadamard_reference, "vectorised": hadamard_vectorised}
 
@@ -26,7 +27,7 @@ def hadamard_transform(x: Tensor, *, normalize: bool = True, form: str | None = 
         return x
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     chosen = choose("hadamard_transform", x, form=form).form
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         return _FORMS[chosen](wide, normalize).to(x.dtype)
 
 

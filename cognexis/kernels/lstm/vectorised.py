@@ -21,7 +21,7 @@ def rnn_vectorised(
     held = tuple(state.to(compute) for state in states)
     if resets is not None:
         held = tuple(torch.where(resets[:, 0, None, None], 0, state) for state in held)
-    if resets is not None and x.shape[1] > 1 and bool(resets[:, 1:].any()):
+    if resets is not None and x.shape[1] > 1 and not resets.is_meta and bool(resets[:, 1:].any()):
         y, last = _run_episodes(net, x.to(compute), held, resets)
     else:
         y, last = _run_layer(net, x.to(compute), held)

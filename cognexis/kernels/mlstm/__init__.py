@@ -33,6 +33,7 @@ from cognexis.kernels.dispatch import choose
 from cognexis.kernels.mlstm.reference import mlstm_reference
 from cognexis.kernels.mlstm.step import mlstm_step
 from cognexis.kernels.mlstm.vectorised import mlstm_vectorised
+from cognexis.kernels.precision import no_autocast
 
 _FORMS = {"reference": mlstm_reference, "vectorised": mlstm_vectorised}
 
@@ -87,7 +88,7 @@ def mlstm_sequence(
     if not length:
         return v, (c, n, m)
     run = _FORMS[choose("mlstm_sequence", q, form=form).form]
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         return run(q, k, v, i, f, (c, n, m), resets, chunk_size, eps)
 
 

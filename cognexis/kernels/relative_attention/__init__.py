@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cognexis.errors import ShapeMismatchError
 from cognexis.kernels.dispatch import choose
+from cognexis.kernels.precision import no_autocast
 from cognexis.kernels.relative_attention.inputs import RelativeInputs
 from cognexis.kernels.relative_attention.reference import relative_attention_reference
 from cognexis.kernels.relative_attention.vectorised import relative_attention_vectorised
@@ -65,7 +66,7 @@ def attend_relative(
     dtype = torch.promote_types(q.dtype, torch.float32)
     chosen = choose("attend_relative", q, form=form).form
     inputs = RelativeInputs(*(value.to(dtype) for value in (q, k, v, r, u, v_bias)))
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         y = _FORMS[chosen](inputs, seg_full, M, scale, window, dropout)
     return y.to(q.dtype)
 

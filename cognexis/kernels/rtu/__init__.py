@@ -27,6 +27,7 @@ from torch import Tensor
 
 from cognexis.errors import ShapeMismatchError
 from cognexis.kernels.dispatch import choose
+from cognexis.kernels.precision import no_autocast
 from cognexis.kernels.rtu.poles import NU_LIMIT, attach_traces, pole_of, rtu_activation
 from cognexis.kernels.rtu.reference import rtu_reference
 from cognexis.kernels.rtu.vectorised import rtu_vectorised
@@ -81,7 +82,7 @@ def rtu_stream(
             c1 = attach_traces(c1, traces[0::2], parameters)
             c2 = attach_traces(c2, traces[1::2], parameters)
     chosen = choose("rtu_stream", x, form=form).form
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         y, last, traces = _FORMS[chosen](x.to(dtype), nu_log, theta_log, w1, w2, (c1, c2), traces, resets, activation)
     return y.to(x.dtype), last, traces
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cognexis.kernels.dispatch import choose
+from cognexis.kernels.precision import no_autocast
 from cognexis.kernels.slstm.reference import slstm_reference
 from cognexis.kernels.slstm.vectorised import slstm_vectorised
 
@@ -62,7 +63,7 @@ def slstm_sequence(
     if not length:
         return wx[:, :, 0], state.new_zeros(3, 0, rows, heads, width)
     run = _FORMS[choose("slstm_sequence", wx, form=form).form]
-    with torch.autocast(wx.device.type, enabled=False):
+    with no_autocast(wx):
         return run(wx, r, b, state, resets)
 
 

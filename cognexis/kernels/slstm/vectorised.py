@@ -107,7 +107,12 @@ class _Recurrence(torch.autograd.Function):
 
 
 def _tokens_with_resets(keep: Tensor | None) -> frozenset[int]:
-    return frozenset() if keep is None else frozenset((keep == 0).flatten(1).any(1).nonzero()[:, 0].tolist())
+    """Where a row may have a reset; everywhere if the values cannot be read, which gives the same numbers."""
+    if keep is None:
+        return frozenset()
+    if keep.is_meta or torch.compiler.is_compiling():
+        return frozenset(range(len(keep)))
+    return frozenset((keep == 0).flatten(1).any(1).nonzero()[:, 0].tolist())
 
 
 def _factors(gates: Tensor, y: Tensor, others: Tensor, before: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
