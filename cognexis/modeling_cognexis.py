@@ -10,6 +10,7 @@ What is unusual: ``config.num_hidden_layers`` counts key/value slots (see ``cach
 Reference: Dehghani et al. 2019, "Universal Transformers"; Geiping et al. 2025, arXiv 2502.05171.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,10 +29,11 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from cognexis.checkpoints.model_files import CheckpointFiles
 from cognexis.configuration_cognexis import CognexisConfig
+from cognexis.decoder.adaptive_run import AdaptiveRun
 from cognexis.decoder.attention import AttentionSite
 from cognexis.decoder.block import CognexisBlock, TransformerBlock
 from cognexis.decoder.block_stack import BlockStack
-from cognexis.decoder.cache import CognexisCache, bind_cache
+from cognexis.decoder.cache import CognexisCache, PeekKeys, bind_cache
 from cognexis.decoder.generation import LoopedGenerationMixin
 from cognexis.decoder.inputs import (
     check_attention_mask,
@@ -40,6 +42,7 @@ from cognexis.decoder.inputs import (
     check_position_shape,
     check_positions,
     check_token_ids,
+    real_tokens,
 )
 from cognexis.decoder.loss import causal_lm_loss
 from cognexis.decoder.masks import build_masks, document_positions, find_documents, with_memory
@@ -48,9 +51,20 @@ from cognexis.decoder.outputs import CognexisCausalLMOutput, CognexisModelOutput
 from cognexis.decoder.recurrent_core import CoreOutput, LoopState, RecurrentCore
 from cognexis.decoder.rope import CognexisRotaryEmbedding
 from cognexis.decoder.stability import require_finite_states, residual_scale_report
-from cognexis.errors import CacheError, InvalidConfigError, NonFiniteError
-from cognexis.looping.options import LoopOptions, refuse_misspelt, resolve_loop_options
+from cognexis.errors import CacheError, InvalidConfigError, NonFiniteError, ShapeMismatchError
+from cognexis.looping.cost import core_flops_per_token
+from cognexis.looping.driver import LoopBounds, LoopTrace, run_loops
+from cognexis.looping.options import (
+    CALL_KEYWORDS,
+    LOOP_MODE_ALIASES,
+    LoopOptions,
+    refuse_misspelt,
+    resolve_loop_options,
+)
+from cognexis.looping.schedulers.base import SchedulerContext, reason_code, reason_name
+from cognexis.looping.session import LoopSession
 from cognexis.looping.trace import LoopDiagnostics
+from cognexis.looping.value_head import ValueHead
 
 
 class EmbeddingOutput(nn.Dropout):
@@ -133,7 +147,13 @@ class CognexisPreTrainedModel(CheckpointFiles, PreTrainedModel):  # type: ignore
 
 
 class CognexisModel(CognexisPreTrainedModel):
-    """The body: embedding, prelude, looped core, coda and final norm."""
+    """The body: embedding, prelude, looped core, coda and final norm.
+
+    Attributes:
+        value_head: predicts what further loops gain; None unless ``config.value_head`` describes one.
+        compaction: where tokens stop at different loops, "exact" leaves stopped ones out of the computation and waits
+            for the device once per loop, "off" computes all of them; "auto" is "exact" on a CPU and "off" elsewhere.
+    """
 
     def __init__(self, config: CognexisConfig) -> None:
         super().__init__(config)
@@ -144,6 +164,8 @@ class CognexisModel(CognexisPreTrainedModel):
         self.recurrent = RecurrentCore(config)
         self.coda = BlockStack(config, "coda", first_slot=config.num_prelude_blocks)
         self.final_norm = build_norm(config.final_norm, config.hidden_size, config.rms_norm_eps)
+        self.value_head = None if config.value_head is None else ValueHead(config.hidden_size, config.value_head)
+        self.compaction = "auto"
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -162,8 +184,14 @@ class CognexisModel(CognexisPreTrainedModel):
         loop_mode: str | None = None,
         min_loops: int | None = None,
         max_loops: int | None = None,
+        scheduler: Any = None,
+        quality_tier: str | None = None,
+        halt_dependency: str | None = None,
+        cache_policy: str | None = None,
         allow_extrapolation: bool | None = None,
         return_loop_stats: bool | None = None,
+        loop_session: LoopSession | None = None,
+        output_head: Any = None,
         **kwargs: Any,
     ) -> CognexisModelOutput:
         """Run the body.
@@ -176,13 +204,23 @@ class CognexisModel(CognexisPreTrainedModel):
                 Positions that restart mark packed documents when there is neither mask nor cache.
             past_key_values: a :class:`CognexisCache` or another transformers cache.
             use_cache: build and return a cache; never for packed documents.
-            num_loops: loops to run, an int or an integer tensor without axes; ``config.default_loops`` when None.
+            num_loops: loops to run in fixed mode: an int, an integer tensor without axes, or ``[B]``, one for each
+                row; ``config.default_loops`` when None.
             document_ids: ``[B, T]`` packed documents, -1 for padding; ``seq_idx`` and ``cu_seq_lens_q`` are read too.
-            loop_mode: "fixed".
+            loop_mode: "fixed"; "adaptive_sequence": a scheduler stops rows; "adaptive_token": it stops tokens.
             min_loops: lower bound of this call.
             max_loops: upper bound of this call.
+            scheduler: decides in the adaptive modes: a name, a dictionary as in ``scheduler.json``, or a
+                ``LoopScheduler``; what ``scheduler.json`` says, else the rule-based one, when None.
+            quality_tier: "fast", "balanced" or "thorough": bounds and thresholds within those of the call.
+            halt_dependency: whose agreement a token needs to stop: "token", "prefix" or "row"; by default "prefix"
+                for several tokens and "token" for one.
+            cache_policy: "depth_indexed" (exact), or the approximate "last_exited", "modulo_k" and "first_loop".
             allow_extrapolation: permit more loops than ``config.max_loops``.
             return_loop_stats: fill ``halt_reasons`` and ``loop_diagnostics``.
+            loop_session: what ``generate`` knows about the request: ended rows and budgets.
+            output_head: maps normed states to logits, for schedulers that look at predictions; the language model
+                passes its own.
             kwargs: handed down to the attention implementation.
 
         Raises:
@@ -193,14 +231,10 @@ class CognexisModel(CognexisPreTrainedModel):
         """
         if not torch.compiler.is_compiling():
             refuse_misspelt(kwargs)
-        options = resolve_loop_options(
-            self.config,
-            loop_mode=loop_mode,
-            num_loops=num_loops,
-            min_loops=min_loops,
-            max_loops=max_loops,
-            allow_extrapolation=allow_extrapolation,
-        )
+        given = {"loop_mode": loop_mode, "num_loops": num_loops, "min_loops": min_loops, "max_loops": max_loops}
+        given |= {"scheduler": scheduler, "quality_tier": quality_tier, "halt_dependency": halt_dependency}
+        given |= {"cache_policy": cache_policy, "allow_extrapolation": allow_extrapolation}
+        options = self.loop_options(given)
         self._require_maskable_attention()
         hidden_states = self._embed(input_ids, inputs_embeds)
         batch_size, length = hidden_states.shape[:2]
@@ -217,8 +251,11 @@ class CognexisModel(CognexisPreTrainedModel):
             past_key_values, use_cache = None, False
         if use_cache and past_key_values is None:
             past_key_values = CognexisCache(self.config)
+        policy = self._depth_policy(options, past_key_values, loop_session)
+        if policy is not None:
+            self._check_mixed(options, batch_size, length)
         if past_key_values is not None:
-            bind_cache(past_key_values, self.config, options.num_loops, length)
+            bind_cache(past_key_values, self.config, options.num_loops, length, policy)
         if "cache" not in kwargs:  # a paged engine brings masks of its own
             keys = self._readable_keys(past_key_values, length)
             check_attention_mask(attention_mask, batch_size, self.config.num_attention_heads, length, keys)
@@ -232,6 +269,7 @@ class CognexisModel(CognexisPreTrainedModel):
             past_key_values,
             position_ids,
             documents if self.config.document_boundary_attention else None,
+            materialise=policy is not None and length > 1 and self._compacts(hidden_states.device),
         )
         shared = {
             "position_embeddings": self.rotary_emb(hidden_states, position_ids=position_ids),
@@ -240,32 +278,202 @@ class CognexisModel(CognexisPreTrainedModel):
             **kwargs,
         }
         run = self.decode_step if length == 1 and past_key_values is not None else self.prefill
-        hidden_states, core = run(hidden_states, options, masks, record=bool(return_loop_stats), **shared)
+        loops = None
+        if policy is not None:
+            is_real = real_tokens(attention_mask, documents, hidden_states)
+            fitting = (
+                None
+                if loop_session is None
+                else loop_session.loops_that_fit(
+                    self.config, past_key_values, batch_size, length, hidden_states.element_size()
+                )
+            )
+            loops = MixedLoops(options, is_real, loop_session, output_head, fitting)
+        hidden_states, core = run(hidden_states, options, masks, bool(return_loop_stats), loops, **shared)
         if self.training:
             require_finite_states(core.is_finite)
         return self._output(hidden_states, past_key_values, options, core, bool(return_loop_stats))
 
+    def loop_options(self, given: dict[str, Any]) -> LoopOptions:
+        """What a call with these loop arguments may run, the rest being taken from the checkpoint.
+
+        Args:
+            given: values by the names in ``CALL_KEYWORDS``; others are not read.
+
+        Raises:
+            InvalidConfigError: see :func:`resolve_loop_options`.
+        """
+        known = {name: given[name] for name in CALL_KEYWORDS if given.get(name) is not None}
+        return resolve_loop_options(
+            self.config,
+            **known,
+            default_scheduler=self.scheduler_record.get("scheduler"),
+            overthinking_threshold=self.scheduler_record.get("overthinking_threshold"),
+        )
+
     def prefill(
-        self, hidden_states: Tensor, options: LoopOptions, masks: dict[str, Any], record: bool = False, **shared: Any
+        self,
+        hidden_states: Tensor,
+        options: LoopOptions,
+        masks: dict[str, Any],
+        record: bool = False,
+        loops: "MixedLoops | None" = None,
+        **shared: Any,
     ) -> tuple[Tensor, CoreOutput]:
         """Run all stages on embeddings ``[B, T, H]``: a prompt, a chunk of one, or a training batch.
+
+        Args:
+            loops: where tokens may run different numbers of loops.
 
         Returns:
             The normed state ``[B, T, H]`` that the head consumes, and what the core left behind.
         """
         h0 = self.prelude(hidden_states, masks=masks, **shared)
         core_masks = with_memory(masks, self.config)
-        core = self.recurrent(h0, options.num_loops, masks=core_masks, record=record, **shared)
+        if loops is None:
+            core = self.recurrent(h0, options.num_loops, masks=core_masks, record=record, **shared)
+        else:
+            core = self._run_mixed(h0, loops, masks, core_masks, record, shared)
         return self.final_norm(self.coda(core.hidden_states, masks=masks, **shared)), core
 
     def decode_step(
-        self, hidden_states: Tensor, options: LoopOptions, masks: dict[str, Any], record: bool = False, **shared: Any
+        self,
+        hidden_states: Tensor,
+        options: LoopOptions,
+        masks: dict[str, Any],
+        record: bool = False,
+        loops: "MixedLoops | None" = None,
+        **shared: Any,
     ) -> tuple[Tensor, CoreOutput]:
         """Run all stages on one new token per row, ``[B, 1, H]``; earlier tokens are read from the cache.
 
-        At a fixed loop count the stages run as in :meth:`prefill`.
+        The stages run as in :meth:`prefill`.
         """
-        return self.prefill(hidden_states, options, masks, record, **shared)
+        return self.prefill(hidden_states, options, masks, record, loops, **shared)
+
+    def _depth_policy(
+        self, options: LoopOptions, past_key_values: Any, loop_session: LoopSession | None
+    ) -> str | None:
+        """How keys are kept where tokens may run different numbers of loops; None where all run the same number."""
+        held = getattr(past_key_values, "policy", None)
+        if options.mixes_depths or (loop_session is not None and loop_session.mixes_depths):
+            return options.cache_policy
+        return held.name if held is not None and int(past_key_values.get_seq_length()) > 0 else None
+
+    def _check_mixed(self, options: LoopOptions, batch_size: int, length: int) -> None:
+        if options.row_loops is not None and tuple(options.row_loops.shape) != (batch_size,):
+            raise ShapeMismatchError(
+                f"num_loops: a tensor with one number for each row must have shape {(batch_size,)}, got "
+                f"{tuple(options.row_loops.shape)}",
+                expected=(batch_size,),
+                actual=tuple(options.row_loops.shape),
+            )
+        if self.training and options.is_adaptive and options.dependency(length) == "row":
+            raise InvalidConfigError(
+                "halt_dependency='row': later tokens would decide about earlier ones in training; use prefix",
+                path="halt_dependency",
+            )
+        if self.training and self.recurrent.gradient_checkpointing:
+            raise InvalidConfigError(
+                "loop_mode: tokens of different loop counts are not recomputed in the backward pass; turn gradient "
+                "checkpointing off",
+                path="loop_mode",
+            )
+        if options.scheduler is not None and "predicted_gain" in options.scheduler.signals and self.value_head is None:
+            raise InvalidConfigError(
+                f"scheduler={options.scheduler.name!r}: the model has no value head; fit one with `cognexis scheduler "
+                "fit`, or use rule_based",
+                path="scheduler",
+                value=options.scheduler.name,
+            )
+
+    def _compacts(self, device: torch.device) -> bool:
+        return self.compaction == "exact" or (self.compaction == "auto" and device.type == "cpu")
+
+    def _run_mixed(
+        self,
+        h0: Tensor,
+        loops: "MixedLoops",
+        masks: dict[str, Any],
+        core_masks: dict[str, Any],
+        record: bool,
+        shared: dict[str, Any],
+    ) -> CoreOutput:
+        """Run the core where tokens may stop at different loops."""
+        options, session, cache = loops.options, loops.session, shared["past_key_values"]
+        batch_size, length = h0.shape[:2]
+        self.recurrent.add_sites(options.num_loops)
+        takes_part = loops.is_real
+        if session is not None and session.finished is not None:
+            takes_part = takes_part & ~session.finished[:, None].to(h0.device)
+        run = AdaptiveRun(
+            self.recurrent,
+            h0,
+            core_masks,
+            shared,
+            loops.is_real,
+            cache=cache,
+            compaction="exact" if self._compacts(h0.device) else "off",
+            reduces_rows=options.loop_mode == "adaptive_sequence",
+            probe=self._probe(masks, shared, loops),
+            value_head=self.value_head,
+        )
+        budget = None
+        if session is not None and session.budget is not None:
+            keys = length if cache is None else int(cache.get_seq_length(0))
+            flops = core_flops_per_token(self.config, keys)
+            budget = session.budget.begin_pass(batch_size, h0.device, flops, loops.fitting_loops)
+        scheduler = options.scheduler
+        if scheduler is not None and (session is None or session.is_first_pass):
+            name = "forward" if session is None else session.request_id
+            scheduler.begin_request(
+                SchedulerContext(name, options.min_loops, options.num_loops, quality_tier=options.quality_tier)
+            )
+        limits = None if options.row_loops is None else options.row_loops.to(h0.device)[:, None]
+        trace = LoopTrace() if record else None
+        state = run_loops(
+            run,
+            takes_part,
+            LoopBounds(min(options.min_loops, options.num_loops), options.num_loops, limits),
+            scheduler,
+            dependency=options.dependency(length),
+            budget=budget,
+            is_risky=None if session is None else session.is_risky,
+            quality_tier=options.quality_tier,
+            trace=trace,
+        )
+        if self.training and bool((failed := state.reasons == reason_code("error")).any()):
+            raise NonFiniteError(f"hidden_states: NaN or infinity after loop {int(state.loops[failed].min())}")
+        run.finish(state.loops)
+        return CoreOutput(
+            hidden_states=run.state,
+            states=run.retained(),
+            is_finite=None,
+            gate_mean=None,
+            norms=None,
+            halt=state,
+            trace=trace,
+            computed_tokens=run.computed_tokens,
+            num_probes=run.num_probes,
+        )
+
+    def _probe(self, masks: dict[str, Any], shared: dict[str, Any], loops: "MixedLoops") -> Any:
+        """Coda, norm and head on an intermediate state, without writing to the cache."""
+        peek = shared | {"past_key_values": PeekKeys(shared["past_key_values"])}
+
+        def probe(state: Tensor, last_only: bool) -> Tensor:
+            normed = self.final_norm(self.coda(state, masks=masks, **peek))
+            if last_only:
+                index = torch.arange(normed.shape[1], device=normed.device)
+                last = torch.where(loops.is_real, index, -1).amax(dim=1).clamp(min=0)
+                normed = normed[torch.arange(len(last), device=last.device), last][:, None]
+            if loops.output_head is not None:
+                return loops.output_head(normed)
+            if not self.config.tie_word_embeddings:
+                raise InvalidConfigError("scheduler: it looks at predictions, and the body alone has no head")
+            return nn.functional.linear(normed, self.embed_tokens.weight)
+
+        return probe
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Any) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -332,21 +540,54 @@ class CognexisModel(CognexisPreTrainedModel):
         self, hidden_states: Tensor, past_key_values: Any, options: LoopOptions, core: Any, stats: bool
     ) -> CognexisModelOutput:
         rows = hidden_states.shape[0]
-        loops = torch.full((rows,), options.num_loops, dtype=torch.long, device=hidden_states.device)
-        diagnostics = None
+        if core.halt is None:
+            loops = torch.full((rows,), options.num_loops, dtype=torch.long, device=hidden_states.device)
+            codes = None
+        else:
+            loops, codes = core.halt.loops, core.halt.reasons
+            if options.loop_mode != "adaptive_token":  # a row's tokens stop together
+                deepest = loops.argmax(dim=1, keepdim=True)
+                loops, codes = loops.gather(1, deepest)[:, 0], codes.gather(1, deepest)[:, 0]
+        diagnostics, reasons = None, None
         if stats:
             diagnostics = LoopDiagnostics.from_run(options, core, self.config.input_injection)
             if self.config.recurrent_residual_mode.startswith("learned"):
                 diagnostics.residual_scales = residual_scale_report(self.recurrent)
+            reasons = ["max_loops"] * rows if codes is None else _named(codes.tolist())
+        depth = self.config.effective_depth(0) + loops * self.config.num_recurrent_blocks
         return CognexisModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
             loop_counts=loops,
-            effective_depth=torch.full_like(loops, self.config.effective_depth(options.num_loops)),
+            effective_depth=depth,
             loop_states=core.states or None,
-            halt_reasons=["max_loops"] * rows if stats else None,
+            halt_codes=codes,
+            halt_reasons=reasons,
             loop_diagnostics=diagnostics,
         )
+
+
+@dataclass(frozen=True)
+class MixedLoops:
+    """What a call needs to know where tokens may run different numbers of loops.
+
+    Attributes:
+        options: bounds, scheduler and policies.
+        is_real: bool ``[B, T]``, False at padding.
+        session: the request, or None outside ``generate``.
+        output_head: maps normed states to logits; None for a body on its own.
+        fitting_loops: most loops whose keys the request's limit of cache bytes has room for; None without a limit.
+    """
+
+    options: LoopOptions
+    is_real: Tensor
+    session: LoopSession | None
+    output_head: Any
+    fitting_loops: int | None = None
+
+
+def _named(codes: Any) -> Any:
+    return [_named(code) if isinstance(code, list) else reason_name(code) for code in codes]
 
 
 class CognexisForCausalLM(CognexisPreTrainedModel, LoopedGenerationMixin):  # type: ignore[misc]
@@ -382,8 +623,13 @@ class CognexisForCausalLM(CognexisPreTrainedModel, LoopedGenerationMixin):  # ty
         loop_mode: str | None = None,
         min_loops: int | None = None,
         max_loops: int | None = None,
+        scheduler: Any = None,
+        quality_tier: str | None = None,
+        halt_dependency: str | None = None,
+        cache_policy: str | None = None,
         allow_extrapolation: bool | None = None,
         return_loop_stats: bool | None = None,
+        loop_session: LoopSession | None = None,
         **kwargs: Any,
     ) -> CognexisCausalLMOutput:
         """Logits, and the next-token loss when ``labels`` are given; see :meth:`CognexisModel.forward`.
@@ -393,7 +639,19 @@ class CognexisForCausalLM(CognexisPreTrainedModel, LoopedGenerationMixin):  # ty
             loss_mask: ``[B, T]`` weights of the labels, 0 or more.
             logits_to_keep: number of last positions (0 for all), or the positions to keep: ``[P]``, ``[B, P]`` or a
                 boolean ``[B, T]``.
+
+        Raises:
+            InvalidConfigError: labels are given and later tokens would decide how deep earlier ones run.
         """
+        has_labels = labels is not None or kwargs.get("shift_labels") is not None
+        if has_labels and (
+            LOOP_MODE_ALIASES.get(loop_mode or "", loop_mode) == "adaptive_sequence" or halt_dependency == "row"
+        ):
+            raise InvalidConfigError(
+                "labels: where a row stops as a whole, later tokens decide about earlier ones, so its loss is no "
+                "likelihood; use loop_mode='adaptive_token' with halt_dependency='prefix', or a fixed number of loops",
+                path="loop_mode",
+            )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -406,20 +664,26 @@ class CognexisForCausalLM(CognexisPreTrainedModel, LoopedGenerationMixin):  # ty
             loop_mode=loop_mode,
             min_loops=min_loops,
             max_loops=max_loops,
+            scheduler=scheduler,
+            quality_tier=quality_tier,
+            halt_dependency=halt_dependency,
+            cache_policy=cache_policy,
             allow_extrapolation=allow_extrapolation,
             return_loop_stats=return_loop_stats,
+            loop_session=loop_session,
+            output_head=self.lm_head,
             return_dict=True,
             **kwargs,
         )
         logits = self.lm_head(_kept_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
-        if labels is not None or kwargs.get("shift_labels") is not None:
+        if has_labels:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, loss_mask=loss_mask, **kwargs
             )
             is_readable = self.training and not torch.compiler.is_compiling() and not loss.is_meta
             if is_readable and not bool(torch.isfinite(loss)):
-                raise NonFiniteError(f"loss: {loss.item()} after {outputs.loop_counts[0].item()} loops")
+                raise NonFiniteError(f"loss: {loss.item()} after {int(outputs.loop_counts.max())} loops")
         return CognexisCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -429,6 +693,7 @@ class CognexisForCausalLM(CognexisPreTrainedModel, LoopedGenerationMixin):  # ty
             loop_counts=outputs.loop_counts,
             effective_depth=outputs.effective_depth,
             loop_states=outputs.loop_states,
+            halt_codes=outputs.halt_codes,
             halt_reasons=outputs.halt_reasons,
             loop_diagnostics=outputs.loop_diagnostics,
         )

@@ -36,8 +36,8 @@ def parse_strict_json(data: bytes, refuse: Callable[[str], NoReturn]) -> Any:
     """Parse JSON that nobody vouches for.
 
     Args:
-        refuse: raises the caller's error for a reason: not UTF-8, malformed, nested more than ``MAX_DEPTH`` deep, a key
-            given twice, a number that is not finite.
+        refuse: raises the caller's error for a reason: not UTF-8, malformed, nested more than ``MAX_DEPTH`` deep, a
+            key given twice, a number that is not finite.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

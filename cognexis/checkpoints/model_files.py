@@ -70,6 +70,21 @@ class CheckpointFiles:
     def training_record(self, record: TrainingRecord) -> None:
         self.__dict__["_training_record"] = record
 
+    @property
+    def scheduler_record(self) -> dict[str, Any]:
+        """The content of ``scheduler.json``: how loops are chosen; the body's, which a language model shares."""
+        body: Any = getattr(self, "base_model", self)
+        if "_scheduler_record" not in body.__dict__:
+            body.__dict__["_scheduler_record"] = scheduler_state()
+        return body.__dict__["_scheduler_record"]
+
+    @scheduler_record.setter
+    def scheduler_record(self, record: dict[str, Any]) -> None:
+        body: Any = getattr(self, "base_model", self)
+        body.__dict__["_scheduler_record"] = record
+        if (head := getattr(body, "value_head", None)) is not None:
+            head.set_calibration(record.get("calibration"))
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
@@ -107,7 +122,7 @@ class CheckpointFiles:
         if record.build_id is None and self._build_id is not None:
             record.build_id = self._build_id()
         write_json(folder / METADATA_FILE, metadata_of(self, record, tokenizer_facts(target)))
-        write_json(folder / SCHEDULER_FILE, scheduler_state())
+        write_json(folder / SCHEDULER_FILE, self.scheduler_record)
         for writer in self._folder_writers:
             writer(folder, self, target)
         kept = {path.name: path for path in _files(target) if not _is_replaced(path.name, variant)}
@@ -162,7 +177,7 @@ class CheckpointFiles:
         if folder is None or _is_adapter(folder):
             return load(name, *model_args, **kwargs | {"use_safetensors": True})
         _require_verified(folder, verify)
-        read_scheduler(folder)
+        scheduler = read_scheduler(folder)
         metadata = read_metadata(folder)
         config = kwargs.get("config")
         if not isinstance(config, PreTrainedConfig):  # not of our class: each loaded file has a copy of its own
@@ -190,6 +205,8 @@ class CheckpointFiles:
         if not allow_nonfinite and headers:
             refuse_nonfinite(model, headers)
         model.training_record = training_record(metadata)
+        if scheduler is not None:
+            model.scheduler_record = scheduler
         return loaded
 
 

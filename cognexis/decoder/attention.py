@@ -170,6 +170,13 @@ class CognexisAttention(nn.Module):
         value = self.memory_v_proj(memory).view(shape).transpose(1, 2)
         return self.memory_slot(key, value, past_key_values)
 
+    def project_keys(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, G, T, D]`` of ``hidden_states`` ``[B, T, H]``, normalised by the block."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        return rotate(key, *position_embeddings), value
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -182,11 +189,8 @@ class CognexisAttention(nn.Module):
     ) -> Tensor:
         """Map ``[B, T, H]`` to ``[B, T, H]``, using the site of ``loop_index`` (from 0)."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)  # [B, N, T, D]
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)  # [B, G, T, D]
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        cos, sin = position_embeddings
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query = rotate(self.q_proj(hidden_states).view(shape).transpose(1, 2), *position_embeddings)  # [B, N, T, D]
+        key, value = self.project_keys(hidden_states, position_embeddings)
         context, _ = self.sites[loop_index](
             query, key, value, attention_mask, past_key_values=past_key_values, memory=memory, **kwargs
         )

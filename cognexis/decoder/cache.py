@@ -6,6 +6,8 @@ A slot belongs to a stage, a block and, in the core, a loop; entries of one slot
 
 for S cached tokens: key and value heads are stored once, never repeated for the query heads. Slots of loops that a
 request does not run stay empty. All loops of a request write every token, so one cache belongs to one loop count.
+
+Where tokens may run different numbers of loops, each core block has one slot for all of them: see ``depth_cache``.
 """
 
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from cognexis.decoder.depth_cache import CachePolicy, MixedDepthLayer, ReferenceDepthLayer, build_policy
 from cognexis.errors import CacheError, InvalidConfigError
 
 
@@ -31,7 +34,7 @@ class CacheSlot:
     Attributes:
         stage: "prelude", "recurrent" or "coda".
         block: index of the block within its stage.
-        loop: loop number from 1 in the core; None elsewhere and for attention memory.
+        loop: loop number from 1 in the core; None elsewhere, for attention memory and where one slot holds all loops.
     """
 
     stage: Literal["prelude", "recurrent", "coda"]
@@ -39,12 +42,14 @@ class CacheSlot:
     loop: int | None = None
 
 
-def slot_table(config: Any, loops: int | None = None) -> list[CacheSlot]:
-    """The owner of every slot, in slot order: prelude, coda, attention memory, then loop by loop."""
+def slot_table(config: Any, loops: int | None = None, is_mixed: bool = False) -> list[CacheSlot]:
+    """The owner of every slot, in slot order: prelude, coda, attention memory, then loop by loop, or mixed."""
     slots = [CacheSlot("prelude", i) for i in range(config.num_prelude_blocks)]
     slots += [CacheSlot("coda", i) for i in range(config.num_coda_blocks)]
     if config.input_injection == "attention_memory":
         slots += [CacheSlot("recurrent", i) for i in range(config.num_recurrent_blocks)]
+    if is_mixed:
+        return slots + [CacheSlot("recurrent", i) for i in range(config.num_recurrent_blocks)]
     for loop in range(1, (config.loop_slots if loops is None else loops) + 1):
         slots += [CacheSlot("recurrent", i, loop) for i in range(config.num_recurrent_blocks)]
     return slots
@@ -59,15 +64,19 @@ class CognexisCache(Cache):
             compiled decoding needs.
         max_cache_len: tokens per slot of a static cache.
         offloading: keep slots in host memory and fetch them ahead of use (CUDA).
+        mixed_depth: prepare for tokens of different loop counts; otherwise the first call decides.
+        depth_form: storage of mixed depths: "compact", or "reference", which fills every deeper slot.
 
     Attributes:
-        num_loops: loop count the entries belong to; None while empty.
+        num_loops: loop count the entries belong to; None while empty and for mixed depths.
+        policy: which entries of a token are kept; None unless depths are mixed.
 
     Raises:
-        InvalidConfigError: an unknown type, or a static cache without a length.
+        InvalidConfigError: an unknown type, a static cache without a length, or one for mixed depths.
     """
 
     layers: list[Any]
+    policy: CachePolicy | None
 
     def __init__(
         self,
@@ -75,7 +84,11 @@ class CognexisCache(Cache):
         cache_type: str = "dynamic",
         max_cache_len: int | None = None,
         offloading: bool = False,
+        mixed_depth: bool = False,
+        depth_form: str = "compact",
     ) -> None:
+        if depth_form not in ("compact", "reference"):
+            raise InvalidConfigError(f"depth_form={depth_form!r}: must be compact or reference", path="depth_form")
         if cache_type not in ("dynamic", "static"):
             raise InvalidConfigError(f"cache_type={cache_type!r}: must be dynamic or static", path="cache_type")
         if cache_type == "static" and (not isinstance(max_cache_len, int) or max_cache_len < 1):
@@ -88,8 +101,12 @@ class CognexisCache(Cache):
         self.capacity = max_cache_len or 0
         self.num_loops: int | None = None
         self.is_released = False
+        self.policy = None
+        self._depth_form = depth_form
         super().__init__(layers=[self._new_layer(kind) for kind in config.layer_types], offloading=offloading)
         self.slots = slot_table(config)
+        if mixed_depth:
+            self._lay_out("depth_indexed")
 
     def _new_layer(self, layer_type: str) -> Any:
         window = self._config.sliding_window
@@ -101,6 +118,53 @@ class CognexisCache(Cache):
             return StaticLayer(max_cache_len=self.capacity)
         return StaticSlidingWindowLayer(max_cache_len=self.capacity, sliding_window=window)
 
+    @property
+    def depth_layers(self) -> list[Any]:
+        """The slot of each core block where depths are mixed."""
+        return self.layers[self._config.first_loop_slot :]
+
+    def _lay_out(self, policy: str | None) -> None:
+        """Rebuild the slots of an empty cache: by loop (None), or one per core block under ``policy``."""
+        if self.cache_type == "static" or self.offloading:
+            kind = "static" if self.cache_type == "static" else "offloaded"
+            raise InvalidConfigError(f"cache_type={kind!r}: tokens of different loop counts need a dynamic cache")
+        config = self._config
+        self.layers = [self._new_layer(kind) for kind in config.layer_types]
+        self.policy = None
+        if policy is not None:
+            self.policy = build_policy(policy, config.kv_slots, config.num_recurrent_blocks)
+            form = MixedDepthLayer if self._depth_form == "compact" else ReferenceDepthLayer
+            kinds = config.stage_layer_types("core")
+            windows = [None if kind == "full_attention" else config.sliding_window for kind in kinds]
+            if config.global_tokens:
+                windows = [None] * len(kinds)
+            self.layers[config.first_loop_slot :] = [form(self.policy, window) for window in windows]
+        self.slots = slot_table(config, is_mixed=policy is not None)
+
+    def bind_mixed(self, max_loops: int, policy: str) -> None:
+        """Reserve the cache for tokens of up to ``max_loops`` loops under ``policy``.
+
+        Raises:
+            CacheError: the entries belong to a fixed loop count or another policy, or the cache was released.
+            InvalidConfigError: the cache is static or offloaded.
+        """
+        self._require_live()
+        held = None if self.policy is None else self.policy.name
+        if held != policy:
+            if int(self.get_seq_length()) > 0:
+                what = f"keys of {self.num_loops} loops for every token" if held is None else f"{held} entries"
+                raise CacheError(
+                    f"past_key_values: the cache holds {what}, the call needs {policy} entries for tokens of "
+                    "different loop counts; start with CognexisCache(config, mixed_depth=True) or call reset() first"
+                )
+            self._lay_out(policy)
+        if self._config.num_recurrent_blocks > 1 and int(self.get_seq_length()) > 0 and self.num_loops != max_loops:
+            raise CacheError(
+                f"past_key_values: with several core blocks the cache holds {self.num_loops} loops of every token, "
+                f"the call may run max_loops={max_loops}; use the same number"
+            )
+        self.num_loops = max_loops if self._config.num_recurrent_blocks > 1 else None
+
     def bind(self, num_loops: int, new_tokens: int) -> None:
         """Reserve the cache for ``num_loops`` loops over ``new_tokens`` tokens, adding slots where it may.
 
@@ -109,6 +173,12 @@ class CognexisCache(Cache):
                 few slots or too little room.
         """
         self._require_live()
+        if self.policy is not None:
+            if int(self.get_seq_length()) > 0:
+                raise CacheError(
+                    "past_key_values: the cache holds tokens of different loop counts; call reset() first"
+                )
+            self._lay_out(None)
         if self.num_loops not in (None, num_loops) and int(self.get_seq_length()) > 0:
             raise CacheError(
                 f"past_key_values: the cache holds keys of {self.num_loops} loops, the call asks for num_loops="
@@ -235,6 +305,26 @@ class CognexisCache(Cache):
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
+class PeekKeys:
+    """Reads a cache and leaves it as it is: for a look at the coda before the loops are over.
+
+    Args:
+        cache: a cache that grows, or None.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """New keys and values ``[B, G, T, D]`` behind those of the slot."""
+        layer = None if self.cache is None else self.cache.layers[layer_idx]
+        if layer is None or not layer.is_initialized or layer.keys.numel() == 0:
+            return key_states, value_states
+        visible = layer.get_mask_sizes(0)[0]
+        keys, values = layer.keys[:, :, -visible:], layer.values[:, :, -visible:]
+        return torch.cat((keys, key_states), dim=2), torch.cat((values, value_states), dim=2)
+
+
 def _require_same_kind(layer: Any, new: Tensor, layer_idx: int) -> None:
     held = layer.keys
     for name, old, given in (
@@ -257,7 +347,7 @@ def _layout(config: Any) -> tuple[Any, ...]:
     return kinds, heads, config.head_dim, config.sliding_window, config.global_tokens > 0, memory
 
 
-def bind_cache(cache: Any, config: Any, num_loops: int, new_tokens: int) -> None:
+def bind_cache(cache: Any, config: Any, num_loops: int, new_tokens: int, policy: str | None = None) -> None:
     """Check that ``cache`` can serve a forward; a stock transformers cache is checked by its lengths.
 
     Args:
@@ -265,6 +355,7 @@ def bind_cache(cache: Any, config: Any, num_loops: int, new_tokens: int) -> None
         config: configuration of the model that will write to it.
         num_loops: loops of the forward.
         new_tokens: tokens it will append.
+        policy: how entries are kept where tokens may run different loop counts, up to ``num_loops``; None otherwise.
 
     Raises:
         CacheError: no cache at all, one of another architecture, one filled with another number of loops, or one with
@@ -277,8 +368,15 @@ def bind_cache(cache: Any, config: Any, num_loops: int, new_tokens: int) -> None
             raise CacheError(
                 "past_key_values: the cache was built for a model with other stages, heads or layer types"
             )
-        cache.bind(num_loops, new_tokens)
+        if policy is None:
+            cache.bind(num_loops, new_tokens)
+        else:
+            cache.bind_mixed(num_loops, policy)
         return
+    if policy is not None:
+        raise CacheError(
+            f"past_key_values: tokens of different loop counts need a CognexisCache, got {type(cache).__name__}"
+        )
     lengths = [cache.get_seq_length(i) for i in range(len(cache.layers))]
     on_device = any(isinstance(n, Tensor) and n.device.type != "cpu" for n in lengths)
     if torch.compiler.is_compiling() or on_device:

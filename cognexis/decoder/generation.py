@@ -1,20 +1,21 @@
 """What generation adds for a looped model: loop keywords, the slotted cache, checks at the entry, loop statistics.
 
-Loop keywords (``loop_mode``, ``num_loops``, ...) are read in this order: the call, ``generation_config``, the
-model's configuration. Everything a request can get wrong is checked before the first forward. The decoding loops
-themselves are transformers' own.
+Loop keywords (``loop_mode``, ``num_loops``, ...) are read in this order: the call, ``generation_config``,
+``scheduler.json``, the model's configuration. Everything a request can get wrong is checked before the first forward.
+The decoding loops themselves are transformers' own. Budgets are hard: a token is begun only if its smallest number of
+loops fits, and a request that runs out of time in the middle of one returns what it has.
 """
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, StoppingCriteria
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS, GenerationMode
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
@@ -23,12 +24,21 @@ from cognexis.configuration_rules import nearest_name
 from cognexis.decoder.cache import CognexisCache
 from cognexis.decoder.masks import build_masks
 from cognexis.decoder.request_checks import check_generation_values, check_lengths, check_prompt, check_prompts
-from cognexis.errors import InvalidConfigError, NonFiniteError, ShapeMismatchError
-from cognexis.looping.options import LOOP_KEYWORDS, resolve_loop_options
+from cognexis.errors import BudgetExceededError, InvalidConfigError, NonFiniteError, ShapeMismatchError
+from cognexis.looping.budget import BudgetLimits, RequestBudget
+from cognexis.looping.cost import core_flops_per_token
+from cognexis.looping.options import (
+    CALL_KEYWORDS,
+    LOOP_KEYWORDS,
+    REQUEST_ALIASES,
+    REQUEST_KEYWORDS,
+    LoopOptions,
+    budget_limits,
+)
+from cognexis.looping.session import LoopSession
 from cognexis.looping.trace import LoopRecorder
 from cognexis.tokens.match import check_tokenizer_match
 
-_LOOP_SETTINGS = tuple(name for name in LOOP_KEYWORDS if name != "return_loop_stats")
 _REFUSED_MODES = {
     GenerationMode.CONTRASTIVE_SEARCH: "it branches the cache for every candidate, which is untested with loop slots",
     GenerationMode.GROUP_BEAM_SEARCH: "its code is no longer part of transformers",
@@ -46,9 +56,11 @@ class CognexisGenerateOutput(GenerateDecoderOnlyOutput):
         effective_depths: ``[B, N]`` blocks behind each new token; 0 after a row has ended.
         halt_reasons: per row, why the loops of each new token stopped.
         stop_reasons: per row, why generation stopped: "eos_token", "max_new_tokens", "stop_string",
-            "budget_exhausted" (``max_time``) or "cancelled" (a stopping criterion of the caller).
-        budget_used: ``[B]`` core applications up to the row's last token, drafts by this model included.
-        loop_diagnostics: bounds, mode and whether the run went beyond the trained depth.
+            "budget_exhausted" (``max_time`` or a budget) or "cancelled" (a stopping criterion of the caller).
+        budget_used: ``[B]`` core applications up to the row's last token, drafts by this model included; of a pass
+            whose tokens differ the deepest counts.
+        loop_diagnostics: bounds, mode, scheduler and its summary, cache policy, mean loops by phase ("prefill",
+            "decode"), cache bytes, and whether the run went beyond the trained depth.
     """
 
     loop_counts: Tensor | None = None
@@ -73,13 +85,14 @@ class CognexisGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
 
 @dataclass(frozen=True)
 class StopSettings:
-    """What may end a row before its length limit: end tokens, stop strings, a time limit, a caller's criteria."""
+    """What may end a row before its length limit: end tokens, stop strings, time, a caller's criteria, a budget."""
 
     eos_ids: list[int]
     has_stop_strings: bool
     max_time: float | None
     has_criteria: bool
     pad_token_id: int | None
+    is_spent: Callable[[int], bool]
 
 
 class FiniteLogits(LogitsProcessor):
@@ -123,6 +136,37 @@ class FiniteLogits(LogitsProcessor):
             )
 
 
+class RequestWatch(StoppingCriteria):
+    """Tells the session which rows have ended, and ends rows whose next token does not fit the budget.
+
+    Attributes:
+        others: the criteria that end rows; set when generation starts.
+        is_beam: rows are beams, of which none ends before all do.
+    """
+
+    def __init__(self, session: LoopSession, options: LoopOptions, config: Any) -> None:
+        self.session, self.options, self.config = session, options, config
+        self.others: list[Any] = []
+        self.is_beam = False
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        for criterion in () if self.is_beam else self.others:
+            done = done | criterion(input_ids, scores, **kwargs).to(done.device)
+        session = self.session
+        if not self.is_beam:
+            done = done if session.finished is None else done | session.finished.to(done.device)
+        if (is_spent := session.is_spent(self.config, self.options.min_loops, input_ids.shape[1])) is not None:
+            is_spent = is_spent.to(done.device)
+            if self.is_beam:
+                is_spent = is_spent.any().expand_as(done)
+            session.note_spent(is_spent & ~done)
+            done = done | is_spent
+        if not self.is_beam:
+            session.finished = done
+        return done
+
+
 # transformers annotates ``self`` of these methods with a private class; Any keeps the overrides readable.
 _GenerationMixin: Any = GenerationMixin
 
@@ -133,6 +177,7 @@ class LoopedGenerationMixin(_GenerationMixin):
     config: Any
     generation_config: Any
     forward: Any
+    base_model: Any
     _previous_max_cache_length: int
 
     def generate(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
@@ -141,8 +186,16 @@ class LoopedGenerationMixin(_GenerationMixin):
         Args:
             inputs: ``[B, T]`` prompt ids (also as ``input_ids``), left-padded in batches.
             generation_config: overrides of the model's own; loop keywords may stand in it.
-            kwargs: transformers' arguments and ``loop_mode, num_loops, min_loops, max_loops, allow_extrapolation,
-                return_loop_stats``.
+            kwargs: transformers' arguments and
+
+                * ``loop_mode, num_loops, min_loops, max_loops`` (or ``loop_budget``), ``scheduler, quality_tier,
+                  halt_dependency, cache_policy, allow_extrapolation``: as for ``forward``.
+                * ``max_total_loops`` (or ``total_loop_budget``), ``max_loops_per_token, max_recurrent_flops``: limits
+                  of each row; ``max_wall_time_ms, max_cache_memory_bytes``: limits of the request. A row that cannot
+                  run the smallest number of loops for another token ends with "budget_exhausted".
+                * ``speculative_draft_loops, speculative_tokens``: draft so many tokens with few loops and verify them
+                  together at ``num_loops``, which must be fixed; the result is that of plain generation.
+                * ``return_loop_stats``: return loop statistics.
 
         Returns:
             ``[B, T + N]`` ids, or an output object with ``return_dict_in_generate`` or ``return_loop_stats``.
@@ -152,8 +205,10 @@ class LoopedGenerationMixin(_GenerationMixin):
                 work, a prompt that leaves no position to write to.
             ShapeMismatchError, InvalidTokenIdError: a prompt or mask of the wrong shape, dtype or range.
             NonFiniteError: the logits are NaN or infinite.
+            BudgetExceededError: a budget does not suffice for a single token.
             ArtifactMismatchError: ``tokenizer`` or the streamer's is not the one that the configuration names.
         """
+        _use_names_of_aliases(kwargs)
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         check_prompt(self.config, prompt, kwargs)
         check_generation_values(self.config, kwargs)
@@ -164,12 +219,19 @@ class LoopedGenerationMixin(_GenerationMixin):
         tokenizer = kwargs.get("tokenizer") or getattr(streamer, "tokenizer", None)
         if tokenizer is not None and self.config.tokenizer_checksum is not None:
             check_tokenizer_match(self.config, tokenizer)
+        options, limits = self._request(generation_config, kwargs)
+        session = None
+        if options.mixes_depths or limits.is_limiting:
+            session = LoopSession(budget=RequestBudget(limits) if limits.is_limiting else None, mixes_depths=True)
+            self._check_session(session, options, generation_config, kwargs, prompt)
+            kwargs |= {"loop_session": session, "min_loops": options.min_loops}
+            if options.is_adaptive:
+                kwargs["scheduler"] = options.scheduler  # one instance for all passes
+        if limits.max_loops_per_token is not None:
+            kwargs["max_loops"] = options.max_loops
         is_watched = streamer is not None and hasattr(streamer, "watch")
-        if not stats and not is_watched:
-            return self._generate(inputs, generation_config, kwargs)
-        recorder = LoopRecorder()
-        options = self._loop_options(generation_config, kwargs)
-        stops = self._stop_settings(generation_config, kwargs)
+        recorder = LoopRecorder() if stats or is_watched or session is not None else None
+        stops = self._stop_settings(generation_config, kwargs, session)
         if is_watched:
             streamer.watch(recorder, self.config, stops)  # type: ignore[union-attr]
         if stats and generation_config is not None:  # transformers wants one or the other, not both
@@ -177,11 +239,65 @@ class LoopedGenerationMixin(_GenerationMixin):
             generation_config.return_dict_in_generate = True
         elif stats:
             kwargs["return_dict_in_generate"] = True
-        result = self._generate(inputs, generation_config, kwargs | {"loop_recorder": recorder})
+        if recorder is not None:
+            kwargs["loop_recorder"] = recorder
+        if session is not None:
+            watch = RequestWatch(session, options, self.config)
+            kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or []), watch]
+        result = self._generate(inputs, generation_config, kwargs)
         given = 0 if prompt is None else prompt.shape[1]
-        return _with_loop_stats(result, recorder, self.config, stops, options, given) if stats else result
+        if not stats:
+            return result
+        assert recorder is not None
+        return _with_loop_stats(result, recorder, self.config, stops, options, given, session)
 
-    def _stop_settings(self, generation_config: Any, kwargs: dict[str, Any]) -> StopSettings:
+    def _request(self, generation_config: Any, kwargs: dict[str, Any]) -> tuple[LoopOptions, BudgetLimits]:
+        """Loops and limits of a request: what the call leaves out comes from the generation configs."""
+        settings = {name: kwargs.get(name) for name in REQUEST_KEYWORDS}
+        for name in REQUEST_KEYWORDS:
+            if settings[name] is None:
+                settings[name] = _first_set(name, generation_config, self.generation_config)
+        limits = budget_limits(settings)
+        if limits.max_loops_per_token is not None:
+            most = self.config.max_loops if settings["max_loops"] is None else settings["max_loops"]
+            settings["max_loops"] = min(most, limits.max_loops_per_token)
+        return self.base_model.loop_options(settings), limits
+
+    def _check_session(
+        self, session: LoopSession, options: LoopOptions, generation_config: Any, kwargs: dict[str, Any], prompt: Any
+    ) -> None:
+        """Refuse what cannot work where rows may run different numbers of loops, and budgets too small to begin."""
+
+        def setting(name: str) -> Any:
+            value = kwargs.get(name)
+            return _first_set(name, generation_config, self.generation_config) if value is None else value
+
+        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
+            if setting(name) is not None:
+                raise InvalidConfigError(
+                    f"{name}: assisted decoding needs one fixed number of loops; leave out adaptive modes, loops by "
+                    "row, cache policies and budgets",
+                    path=name,
+                )
+        if callable(kwargs.get("custom_generate")):
+            raise InvalidConfigError("custom_generate: a decoding loop of your own takes fixed loops only")
+        if session.budget is not None and prompt is not None:
+            rows, length = prompt.shape[:2]
+            flops = core_flops_per_token(self.config, length) * length
+            session.budget.begin_pass(rows, prompt.device, flops, None)
+            itemsize = next(self.parameters()).element_size()
+            cache = CognexisCache(self.config, mixed_depth=True)
+            fitting = session.loops_that_fit(self.config, cache, rows, length, itemsize)
+            fits = bool(session.budget.affords(options.min_loops, flops).all())
+            if not fits or (fitting is not None and fitting < options.min_loops):
+                raise BudgetExceededError(
+                    f"the budget does not suffice for a single token: a prompt of {length} tokens needs at least "
+                    f"min_loops={options.min_loops} loops"
+                )
+
+    def _stop_settings(
+        self, generation_config: Any, kwargs: dict[str, Any], session: LoopSession | None
+    ) -> StopSettings:
         def setting(name: str) -> Any:
             value = kwargs.get(name)
             return _first_set(name, generation_config, self.generation_config) if value is None else value
@@ -189,7 +305,10 @@ class LoopedGenerationMixin(_GenerationMixin):
         pad = _as_ids(setting("pad_token_id"))
         eos_ids, has_criteria = _as_ids(setting("eos_token_id")), bool(kwargs.get("stopping_criteria"))
         pad_token_id = pad[0] if pad else None
-        return StopSettings(eos_ids, bool(setting("stop_strings")), setting("max_time"), has_criteria, pad_token_id)
+        is_spent = (lambda row: False) if session is None else session.was_spent
+        return StopSettings(
+            eos_ids, bool(setting("stop_strings")), setting("max_time"), has_criteria, pad_token_id, is_spent
+        )
 
     def _generate(self, inputs: Any, generation_config: Any, kwargs: dict[str, Any]) -> Any:
         """Run transformers' generate with a finiteness check among the logits processors."""
@@ -198,8 +317,20 @@ class LoopedGenerationMixin(_GenerationMixin):
         if not callable(kwargs.get("custom_generate")):
             kwargs = kwargs | {"logits_processor": [before, *(kwargs.get("logits_processor") or []), after]}
         cap = self.config.loop_cap
+        session: LoopSession | None = kwargs.get("loop_session")
         try:
             result = super().generate(inputs, generation_config=generation_config, **kwargs)
+        except BudgetExceededError:
+            if (streamer := kwargs.get("streamer")) is not None:
+                streamer.end()
+            if session is None or session.sequences is None:
+                raise
+            session.note_spent(torch.ones(session.sequences.shape[0], dtype=torch.bool))
+            wants_dict = kwargs.get("return_dict_in_generate") or getattr(
+                generation_config or self.generation_config, "return_dict_in_generate", False
+            )
+            sequences: Any = session.sequences
+            result = GenerateDecoderOnlyOutput(sequences=sequences) if wants_dict else sequences
         finally:  # early-exit drafting lowers the cap and does not restore it when it is interrupted
             self.config.__dict__.pop("_loop_cap", None)
             if cap is not None:
@@ -207,13 +338,6 @@ class LoopedGenerationMixin(_GenerationMixin):
         before.require()
         after.require()
         return result
-
-    def _loop_options(self, generation_config: Any, kwargs: dict[str, Any]) -> Any:
-        values = {n: kwargs.get(n) for n in _LOOP_SETTINGS}
-        for name in _LOOP_SETTINGS:
-            if values[name] is None:
-                values[name] = _first_set(name, generation_config, self.generation_config)
-        return resolve_loop_options(self.config, **values)
 
     @contextmanager
     def _default_loops(self, num_loops: int) -> Iterator[None]:
@@ -247,7 +371,13 @@ class LoopedGenerationMixin(_GenerationMixin):
             )
         if any("num_key_value_heads" in o or "num_attention_heads" in o for o in overrides):
             raise InvalidConfigError("generate_batch: the paged cache needs equal head counts in all stages")
-        options = self._loop_options(generation_config, kwargs)
+        _use_names_of_aliases(kwargs)
+        options, limits = self._request(generation_config, kwargs)
+        if options.mixes_depths or limits.is_limiting:
+            raise InvalidConfigError(
+                "generate_batch: the paged cache holds one fixed number of loops; leave out adaptive modes, loops by "
+                "row, cache policies and budgets, or use generate"
+            )
         if options.num_loops > self.config.kv_slots:
             raise InvalidConfigError(
                 f"num_loops={options.num_loops}: the paged cache has kv_slots={self.config.kv_slots} loops",
@@ -265,12 +395,12 @@ class LoopedGenerationMixin(_GenerationMixin):
     ) -> tuple[Any, dict[str, Any]]:
         explicit = {name: kwargs.pop(name) for name in LOOP_KEYWORDS if name in kwargs}
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
-        for name in LOOP_KEYWORDS:
+        for name in CALL_KEYWORDS:
             value = explicit.get(name)
             value = getattr(generation_config, name, None) if value is None else value
-            if value is not None and name != "return_loop_stats":
+            if value is not None:
                 model_kwargs[name] = value
-        resolve_loop_options(self.config, **{k: v for k, v in model_kwargs.items() if k in _LOOP_SETTINGS})
+        self.base_model.loop_options(model_kwargs)
         check_generation_values(self.config, generation_config.to_dict(), resolved=True)
         if generation_config.temperature == 0:  # no randomness left: the most likely token
             generation_config.do_sample, generation_config.temperature = False, 1.0
@@ -338,6 +468,14 @@ class LoopedGenerationMixin(_GenerationMixin):
                 )
         super()._validate_generation_mode(generation_mode, generation_config, mode_kwargs)
 
+    def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+        for criterion in criteria:
+            if isinstance(criterion, RequestWatch):
+                criterion.others = [other for other in criteria if other is not criterion]
+                criterion.is_beam = (generation_config.num_beams or 1) > 1
+        return criteria
+
     def _validate_generated_length(self, generation_config: Any, input_ids_length: int, *args: Any) -> None:
         check_lengths(self.config, generation_config, input_ids_length)
         super()._validate_generated_length(generation_config, input_ids_length, *args)
@@ -389,8 +527,10 @@ class LoopedGenerationMixin(_GenerationMixin):
     ) -> dict[str, Any]:
         """As in transformers (which looks for ``inputs_embeds`` by name); ``loop_recorder`` stays out of forward."""
         if loop_recorder is not None:
-            loops = resolve_loop_options(self.config, **{k: v for k, v in kwargs.items() if k in _LOOP_SETTINGS})
+            loops = self.base_model.loop_options(kwargs)
             loop_recorder.begin_pass((input_ids if inputs_embeds is None else inputs_embeds).shape[0], loops.num_loops)
+        if (session := kwargs.get("loop_session")) is not None:
+            session.begin_pass(input_ids, kwargs.get("past_key_values"))
         return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
     def _update_model_kwargs_for_generation(
@@ -398,7 +538,7 @@ class LoopedGenerationMixin(_GenerationMixin):
     ) -> dict[str, Any]:
         recorder = model_kwargs.get("loop_recorder")
         if recorder is not None:
-            recorder.append(outputs.loop_counts, kwargs.get("num_new_tokens", 1))
+            recorder.append(outputs.loop_counts, outputs.halt_codes, kwargs.get("num_new_tokens", 1))
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
@@ -413,6 +553,20 @@ class LoopedGenerationMixin(_GenerationMixin):
     def create_masks_for_generate(**kwargs: Any) -> dict[str, Any]:
         """Masks by layer type for compiled decoding."""
         return build_masks(**kwargs)
+
+
+def _use_names_of_aliases(kwargs: dict[str, Any]) -> None:
+    """Give aliased arguments their own names.
+
+    Raises:
+        InvalidConfigError: an argument is given under both names.
+    """
+    for alias, name in REQUEST_ALIASES.items():
+        if (value := kwargs.pop(alias, None)) is None:
+            continue
+        if kwargs.get(name) is not None:
+            raise InvalidConfigError(f"{alias}={value!r}: is {name}, which is given too", path=alias, value=value)
+        kwargs[name] = value
 
 
 def _first_set(name: str, *configs: Any) -> Any:
@@ -435,15 +589,17 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 0
 
 
-def stop_reason(tokens: list[int], eos_ids: list[int], is_full: bool, has_stop_strings: bool, max_time: Any) -> str:
-    """Why a row ended after ``tokens``: end token, length limit, stop string, time, or a caller's criterion."""
-    if tokens and tokens[-1] in eos_ids:
+def stop_reason(tokens: list[int], stops: StopSettings, is_full: bool, is_spent: bool) -> str:
+    """Why a row ended after ``tokens``: end token, length, budget, stop string, time, or a caller's criterion."""
+    if tokens and tokens[-1] in stops.eos_ids:
         return "eos_token"
     if is_full:
         return "max_new_tokens"
-    if has_stop_strings:
+    if is_spent:
+        return "budget_exhausted"
+    if stops.has_stop_strings:
         return "stop_string"
-    return "cancelled" if max_time is None else "budget_exhausted"
+    return "cancelled" if stops.max_time is None else "budget_exhausted"
 
 
 def _row_length(tokens: list[int], stops: StopSettings) -> int:
@@ -459,7 +615,13 @@ def _row_length(tokens: list[int], stops: StopSettings) -> int:
 
 
 def _with_loop_stats(
-    result: Any, recorder: LoopRecorder, config: Any, stops: StopSettings, options: Any, prompt_length: int
+    result: Any,
+    recorder: LoopRecorder,
+    config: Any,
+    stops: StopSettings,
+    options: LoopOptions,
+    prompt_length: int,
+    session: LoopSession | None,
 ) -> Any:
     """Wrap transformers' output with the statistics that ``recorder`` collected."""
     total = result.sequences.shape[1]
@@ -467,26 +629,45 @@ def _with_loop_stats(
     is_full = recorder.max_length is not None and total >= recorder.max_length
     is_beam = isinstance(result, GenerateBeamDecoderOnlyOutput)
     rows = len(new)
-    lengths = [_row_length(row, stops) for row in new]
+    if recorder.mixes_depths and not is_beam:  # ended rows run nothing
+        ran = recorder.token_loops(len(new[0])) > 0
+        lengths = ran.sum(dim=1).tolist()
+    else:
+        lengths = [_row_length(row, stops) for row in new]
     emitted = torch.tensor([[i < n for i in range(len(new[0]))] for n in lengths])
     counts = recorder.token_loops(len(new[0])).cpu()
-    counts = counts[:: counts.shape[0] // rows][:rows] * emitted  # beams of one prompt stand next to each other
+    group = counts.shape[0] // rows
+    counts = counts[::group][:rows] * emitted  # beams of one prompt stand next to each other
     depths = config.effective_depth(0) + counts * config.num_recurrent_blocks
     return (CognexisGenerateBeamOutput if is_beam else CognexisGenerateOutput)(
         **result,
         loop_counts=counts,
         effective_depths=torch.where(counts > 0, depths, 0),
-        halt_reasons=[["max_loops"] * n for n in lengths],
+        halt_reasons=recorder.halt_reasons(lengths, group),
         stop_reasons=[
-            stop_reason(row[:n], stops.eos_ids, is_full and n == len(row), stops.has_stop_strings, stops.max_time)
-            for row, n in zip(new, lengths, strict=True)
+            stop_reason(row[:n], stops, is_full and n == len(row), stops.is_spent(index))
+            for index, (row, n) in enumerate(zip(new, lengths, strict=True))
         ],
-        budget_used=recorder.total_loops([len(recorder.steps)] * rows if is_beam else lengths),
+        budget_used=recorder.total_loops([len(recorder.steps)] * rows if is_beam else lengths)[::group][:rows],
         loop_diagnostics={
             "loop_mode": options.loop_mode,
             "requested_loops": options.requested_loops,
             "min_loops": options.min_loops,
             "max_loops": options.max_loops,
-            "extrapolated": options.extrapolated,
+            "extrapolated": int(counts.max()) > options.trained_max_loops or options.extrapolated,
+            "cache_policy": options.cache_policy,
+            "phases": recorder.by_phase(),
+            **(_scheduler_facts(options) if options.scheduler is not None else {}),
+            **({} if session is None else {"cache_bytes": session.cache_bytes}),
         },
     )
+
+
+def _scheduler_facts(options: LoopOptions) -> dict[str, Any]:
+    assert options.scheduler is not None
+    return {
+        "scheduler": options.scheduler.to_dict(),
+        "halt_dependency": options.halt_dependency or "prefix",
+        "quality_tier": options.quality_tier,
+        "scheduler_summary": options.scheduler.finish(),
+    }

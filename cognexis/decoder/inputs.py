@@ -107,6 +107,22 @@ def check_attention_mask(attention_mask: Any, batch_size: int, heads: int, lengt
         )
 
 
+def real_tokens(attention_mask: Any, documents: Tensor | None, hidden_states: Tensor) -> Tensor:
+    """Bool ``[B, T]``: which of the new tokens ``[B, T, H]`` are no padding, as far as a mask or documents say.
+
+    Args:
+        attention_mask: ``[B, past + T]``, or a finished mask, which says nothing about padding.
+        documents: ``[B, T]``, -1 at padding, or None.
+        hidden_states: only shape and device are read.
+    """
+    batch_size, length = hidden_states.shape[:2]
+    if documents is not None:
+        return documents.to(hidden_states.device) >= 0
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        return attention_mask[:, -length:].to(hidden_states.device) != 0
+    return torch.ones(batch_size, length, dtype=torch.bool, device=hidden_states.device)
+
+
 def check_position_shape(position_ids: Tensor | None, batch_size: int, length: int) -> None:
     """Require positions of shape ``[B or 1, T]``.
 

@@ -92,6 +92,7 @@ def build_masks(
     past_key_values: Any,
     position_ids: Tensor | None = None,
     documents: Tensor | None = None,
+    materialise: bool = False,
     **_: Any,
 ) -> dict[str, Any]:
     """Attention masks by layer type, in the form that the chosen attention implementation wants.
@@ -103,6 +104,7 @@ def build_masks(
         past_key_values: the cache, or None.
         position_ids: ``[B or 1, T]``, for global tokens.
         documents: see :func:`find_documents`; None when nothing is packed or boundaries are open.
+        materialise: make tensors even where a backend could do without, so that rows of a mask can be picked.
     """
     if isinstance(attention_mask, dict):
         return attention_mask
@@ -120,7 +122,8 @@ def build_masks(
     has_memory = config.input_injection == "attention_memory"
     if has_memory:
         kinds.add("full_attention")
-        arguments["and_mask_function"] = _everything  # a mask that exists: the memory's columns are appended to it
+    if has_memory or materialise:
+        arguments["and_mask_function"] = _everything  # a mask that exists: columns or rows are to be taken
     if documents is not None:  # padding is a document of its own, so the padding mask is already in there
         position_ids = document_positions(documents)
         arguments["attention_mask"] = None

@@ -39,6 +39,8 @@ from cognexis.decoder.block import TransformerBlock
 from cognexis.decoder.block_stack import drawn_skip
 from cognexis.decoder.norm import build_norm, compute_dtype
 from cognexis.errors import InvalidConfigError
+from cognexis.looping.driver import LoopTrace
+from cognexis.looping.token_mask import HaltState
 
 
 @dataclass
@@ -51,6 +53,10 @@ class CoreOutput:
         is_finite: ``[L + 1]`` flags on the device, entry 0 for the input; None outside training and recording.
         gate_mean: ``[L]`` mean gate of each loop, NaN for a skipped one; None without a gate or without recording.
         norms: ``[L + 1]`` mean state norm, entry 0 for the input; None without recording.
+        halt: loops and halt reason of every token, where they may differ; None otherwise.
+        trace: what happened by loop; None without recording and where all tokens run the same loops.
+        computed_tokens: token positions computed, all loops together, where they may differ.
+        num_probes: times that coda and head were run to measure.
     """
 
     hidden_states: Tensor
@@ -58,6 +64,10 @@ class CoreOutput:
     is_finite: Tensor | None
     gate_mean: Tensor | None
     norms: Tensor | None
+    halt: HaltState | None = None
+    trace: LoopTrace | None = None
+    computed_tokens: int | None = None
+    num_probes: int = 0
 
 
 class LoopState(nn.Identity):
@@ -225,9 +235,9 @@ class RecurrentCore(nn.Module):
         self.add_sites(num_loops)
         kwargs |= {"masks": masks, "position_embeddings": position_embeddings, "position_ids": position_ids}
         kwargs["past_key_values"] = past_key_values
-        memories = self._memories(h0, position_embeddings, past_key_values)
+        memories = self.memories(h0, position_embeddings, None if self._is_checkpointing else past_key_values)
         memory = [tensor for pair in memories if pair is not None for tensor in pair]
-        state = h0 if self.config.recurrent_init == "h0" else self._random_state(h0, position_ids)
+        state = self.initial_state(h0, position_ids)
         watch = (self.training or record) and not torch.compiler.is_compiling()
         is_finite, norms, gates = [], [], []
 
@@ -258,15 +268,25 @@ class RecurrentCore(nn.Module):
             norms=torch.stack(norms) if record else None,
         )
 
-    def _memories(self, h0: Tensor, position_embeddings: Any, past_key_values: Any) -> list[Any]:
+    def memories(self, h0: Tensor, position_embeddings: Any, past_key_values: Any) -> list[Any]:
         """Key and value of the attention memory of each block; None for each without one."""
         if self.memory_norm is None:
             return [None] * len(self.blocks)
         source = self.memory_norm(h0)
-        cache = None if self._is_checkpointing else past_key_values
-        return [a.project_memory(source, position_embeddings, cache) for a in self._attentions]
+        return [a.project_memory(source, position_embeddings, past_key_values) for a in self._attentions]
 
-    def _random_state(self, h0: Tensor, position_ids: Tensor) -> Tensor:
+    def frozen_keys(
+        self, state: Tensor, h0: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, G, T, D]`` that a core of one block makes of ``state`` ``[B, T, H]`` in any loop."""
+        source = self.inject(state, h0) if self.config.injection_site == "pre" else state
+        block: Any = self.blocks[0]
+        return block.attention.project_keys(block.attention_norm(source), position_embeddings)
+
+    def initial_state(self, h0: Tensor, position_ids: Tensor) -> Tensor:
+        """The state ``[B, T, H]`` before the first loop."""
+        if self.config.recurrent_init == "h0":
+            return h0
         if self.training:
             return torch.randn_like(h0)
         return position_noise(position_ids, h0.shape[-1]).to(h0.dtype).expand_as(h0)

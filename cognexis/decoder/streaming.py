@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from cognexis.decoder.generation import StopSettings, stop_reason
 from cognexis.errors import InvalidConfigError
+from cognexis.looping.schedulers.base import reason_name
 from cognexis.looping.trace import LoopRecorder
 
 _INCOMPLETE = "\ufffd"  # what decoding gives for the first bytes of a character
@@ -87,7 +88,7 @@ class StepEventStreamer(BaseStreamer):
             length, limit = self._prompt_length + len(self._tokens), self._recorder.max_length
             is_full = limit is not None and length >= limit
             stops = self._stops
-            reason = stop_reason(self._tokens, stops.eos_ids, is_full, stops.has_stop_strings, stops.max_time)
+            reason = stop_reason(self._tokens, stops, is_full, stops.is_spent(0))
             while self._emitted < len(self._tokens):
                 self._emit(reason if self._emitted == len(self._tokens) - 1 else None)
         self._queue.put(None)
@@ -100,13 +101,13 @@ class StepEventStreamer(BaseStreamer):
 
     def _emit(self, reason: str | None) -> None:
         assert self._recorder is not None
-        loops = int(self._recorder.steps[self._emitted][0])
+        loops, codes = int(self._recorder.steps[self._emitted][0]), self._recorder.reasons[self._emitted]
         event = StepEvent(
             token_id=self._tokens[self._emitted],
             text_delta=self._next_text(is_last=reason is not None),
             loop_count=loops,
             effective_depth=self._config.effective_depth(loops),
-            halt_reason="max_loops",
+            halt_reason="max_loops" if codes is None else str(reason_name(int(codes[0]))),
             safety_issue=None,
             stop_reason=reason,
         )

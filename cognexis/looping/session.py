@@ -1,0 +1,87 @@
+"""What a generation remembers about its request from pass to pass: ended rows, budgets, risk.
+
+One session belongs to one ``generate`` call; the model reads it in every forward. Letters: B rows.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cognexis.looping.budget import RequestBudget
+from cognexis.looping.cost import core_flops_per_token, token_bytes
+
+
+@dataclass
+class LoopSession:
+    """The state of one request.
+
+    Attributes:
+        request_id: name of the request.
+        budget: what may still be used; None without limits.
+        finished: bool ``[B]``, rows that have ended and run no more loops; None while none has.
+        is_risky: bool ``[B, 1]``, rows that a safety rule stops; None without such a rule.
+        num_passes: forwards that were begun.
+        mixes_depths: whether tokens may run different numbers of loops.
+        sequences: ``[B, tokens]`` before the pass at hand, once new tokens exist; None before.
+        spent: bool ``[B]``, rows that ended for lack of budget; None while none has.
+    """
+
+    request_id: str = "generate"
+    budget: RequestBudget | None = None
+    finished: Tensor | None = None
+    is_risky: Tensor | None = None
+    num_passes: int = 0
+    mixes_depths: bool = False
+    sequences: Tensor | None = None
+    spent: Tensor | None = None
+    _cache: Any = field(default=None, repr=False)
+    _prompt_length: int | None = field(default=None, repr=False)
+
+    @property
+    def is_first_pass(self) -> bool:
+        """Whether the pass at hand is the first."""
+        return self.num_passes <= 1
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """Bytes of keys and values at the last pass; None without a cache that can say."""
+        return self._cache.memory_bytes() if hasattr(self._cache, "memory_bytes") else None
+
+    def begin_pass(self, input_ids: Tensor, cache: Any) -> None:
+        """A forward over the last of ``input_ids`` ``[B, tokens]`` starts."""
+        self.num_passes += 1
+        self._cache = cache
+        if self._prompt_length is None:
+            self._prompt_length = input_ids.shape[1]
+        elif input_ids.shape[1] > self._prompt_length:
+            self.sequences = input_ids
+
+    def loops_that_fit(self, config: Any, cache: Any, rows: int, new_tokens: int, itemsize: int) -> int | None:
+        """Most loops for which the keys of ``new_tokens`` more tokens in ``rows`` rows fit into the cache's limit."""
+        limit = None if self.budget is None else self.budget.limits.max_cache_memory_bytes
+        if limit is None or cache is None:
+            return None
+        without_loops = token_bytes(config, 0, itemsize)
+        left = limit - cache.memory_bytes() - rows * new_tokens * without_loops
+        return max(0, left // (rows * new_tokens * (token_bytes(config, 1, itemsize) - without_loops)))
+
+    def is_spent(self, config: Any, min_loops: int, num_tokens: int) -> Tensor | None:
+        """Bool ``[B]``: rows whose next token, number ``num_tokens`` + 1, cannot run ``min_loops`` loops."""
+        if (budget := self.budget) is None:
+            return None
+        spent = ~budget.affords(min_loops, core_flops_per_token(config, num_tokens))
+        keys = None if self._cache is None else self._cache.layers[0].keys
+        if keys is not None:
+            fitting = self.loops_that_fit(config, self._cache, len(spent), 1, keys.element_size())
+            spent = spent | (fitting is not None and fitting < min_loops)
+        return torch.ones_like(spent) if budget.is_late(min_loops) else spent
+
+    def note_spent(self, rows: Tensor) -> None:
+        """``rows`` ``[B]`` end for lack of budget."""
+        self.spent = rows.cpu() if self.spent is None else self.spent | rows.cpu()
+
+    def was_spent(self, row: int) -> bool:
+        """Whether ``row`` ended for lack of budget."""
+        return self.spent is not None and bool(self.spent[row % len(self.spent)])
