@@ -5,6 +5,7 @@ import torch
 
 from cognexis.errors import InvalidConfigError, ShapeMismatchError
 from cognexis.kernels.agalite import AgaliteInputs, AgaliteState, agalite_scan
+from cognexis.kernels.agalite.inputs import angles_of
 
 B, N, D, E = 3, 2, 3, 2
 
@@ -53,6 +54,16 @@ def test_token_after_a_reset_has_the_angle_of_a_first_token(form):
     expected, _, last = agalite_scan(later, fresh, torch.ones(B, dtype=torch.long), form=form)
     torch.testing.assert_close(y[:, 2:], expected)
     assert torch.equal(tick, last) and tick.tolist() == [5] * B
+
+
+@pytest.mark.parametrize("R", [1, 2, 4])
+def test_late_tokens_have_exact_angles(R):
+    """The cosine of 2^50 pi is that of a rounding error."""
+    ticks = torch.arange(8)
+    period = {1: 2, 2: 2, 4: 6}[R]
+    omegas = torch.linspace(-torch.pi, torch.pi, R, dtype=torch.float64)
+    expected = (ticks[:, None] * omegas).cos().float()
+    torch.testing.assert_close(angles_of(ticks + period * 2**50, R, torch.float32), expected)
 
 
 def test_what_does_not_fit_is_an_error():

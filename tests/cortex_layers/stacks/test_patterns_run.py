@@ -1,6 +1,7 @@
 """Columns and stacks of all built-in cells keep the rules that each cell keeps."""
 
 import pytest
+import torch
 
 from cognexis.cortex_layers.blocks.column.auto import build_column_auto_block
 from cognexis.cortex_layers.config import AGaLiTeCellConfig, XLCellConfig
@@ -30,3 +31,23 @@ def axon_stack():
 def test_built_in_cells_together_keep_the_shared_rules(build, holds):
     # Three random layers on each other in 16 bits: only that nothing breaks is asked for.
     holds(Unit(randomised(build(), 0.1), streamed_gradients=build is axon_stack, coarse=0.5))
+
+
+@pytest.mark.parametrize("pattern", ["AXMSLGC Ag", "X^M^S^"])
+def test_every_parameter_has_a_gradient_within_three_optimizer_steps(pattern):
+    """Router, mixer and every gate: whatever starts at zero is reached from something that does not."""
+    stack = build_cortex_auto_stack(d_hidden=16, num_layers=1, pattern=pattern)
+    x, target = torch.randn(2, 4, 12, 16).unbind(0)
+    resets = torch.rand(4, 12) < 0.1
+    optimizer = torch.optim.AdamW(stack.parameters(), lr=1e-3)
+    # A bias of all keys moves every score of a query alike, which no softmax sees.
+    without = {name for name, _ in stack.named_parameters() if not (".k_proj." in name and name.endswith("bias"))}
+    for step in range(4):
+        optimizer.zero_grad()
+        (stack(x, resets=resets)[0] - target).square().mean().backward()
+        without -= {
+            name for name, parameter in stack.named_parameters() if parameter.grad is not None and parameter.grad.any()
+        }
+        if step < 3:
+            optimizer.step()
+    assert not without

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from cognexis.cortex_layers.config import (
 )
 from cognexis.cortex_layers.factory import build_cortex, build_from_dict
 from cognexis.cortex_layers.stacks.auto import build_cortex_auto_config, build_cortex_auto_stack
+from cognexis.cortex_layers.stacks.build import _warn_about_ignored_variable
 from tests.batteries.cell_properties import PROPERTIES_OF_MANY, Unit, randomised
 from tests.batteries.leaky_cell import LeakyCellConfig
 
@@ -114,6 +116,16 @@ def test_config_survives_json_and_builds_the_same_stack():
 def test_faults_in_a_dict_are_named(change, words):
     with pytest.raises(ValidationError, match=words):
         build_from_dict({"d_hidden": WIDTH, "blocks": []} | change)
+
+
+def test_variable_of_the_former_kernels_is_named_once(monkeypatch):
+    monkeypatch.setenv("CORTEX_TRITON_SMEM_SOFT_LIMIT", "98304")
+    _warn_about_ignored_variable.cache_clear()
+    with pytest.warns(DeprecationWarning, match="CORTEX_TRITON_SMEM_SOFT_LIMIT is ignored"):
+        build_cortex(MIXED)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_cortex(MIXED)
 
 
 def test_building_leaves_the_configuration_as_it_is():
