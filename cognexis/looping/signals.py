@@ -67,8 +67,8 @@ def confidence(log_probs: Tensor) -> Tensor:
 
 def margin(log_probs: Tensor) -> Tensor:
     """Probability ``[...]`` by which the most likely token leads, from log-probabilities ``[..., V]``, V above 1."""
-    first, second = log_probs.topk(2, dim=-1).values.unbind(-1)
-    return -first.exp() * torch.expm1(second - first)
+    first, second = log_probs.topk(2, dim=-1).values.exp().unbind(-1)
+    return first - second
 
 
 def entropy(log_probs: Tensor) -> Tensor:
