@@ -10,7 +10,6 @@ What is unusual: ``config.num_hidden_layers`` counts key/value slots (see ``cach
 Reference: Dehghani et al. 2019, "Universal Transformers"; Geiping et al. 2025, arXiv 2502.05171.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,11 +28,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from cognexis.checkpoints.model_files import CheckpointFiles
 from cognexis.configuration_cognexis import CognexisConfig
-from cognexis.decoder.adaptive_run import AdaptiveRun
 from cognexis.decoder.attention import AttentionSite
 from cognexis.decoder.block import CognexisBlock, TransformerBlock
 from cognexis.decoder.block_stack import BlockStack
-from cognexis.decoder.cache import CognexisCache, PeekKeys, bind_cache
+from cognexis.decoder.cache import CognexisCache, bind_cache
 from cognexis.decoder.generation import LoopedGenerationMixin
 from cognexis.decoder.inputs import (
     check_attention_mask,
@@ -42,18 +40,20 @@ from cognexis.decoder.inputs import (
     check_position_shape,
     check_positions,
     check_token_ids,
+    default_positions,
+    packed_documents,
+    readable_keys,
     real_tokens,
 )
 from cognexis.decoder.loss import causal_lm_loss
-from cognexis.decoder.masks import build_masks, document_positions, find_documents, with_memory
+from cognexis.decoder.masks import build_masks, require_maskable_attention, with_memory
+from cognexis.decoder.mixed_loops import MixedLoops, check_mixed, compacts, depth_policy, run_mixed
 from cognexis.decoder.norm import build_norm
-from cognexis.decoder.outputs import CognexisCausalLMOutput, CognexisModelOutput
+from cognexis.decoder.outputs import CognexisCausalLMOutput, CognexisModelOutput, body_output, kept_positions
 from cognexis.decoder.recurrent_core import CoreOutput, LoopState, RecurrentCore
 from cognexis.decoder.rope import CognexisRotaryEmbedding
-from cognexis.decoder.stability import require_finite_states, residual_scale_report
-from cognexis.errors import CacheError, InvalidConfigError, NonFiniteError, ShapeMismatchError
-from cognexis.looping.cost import core_flops_per_token
-from cognexis.looping.driver import LoopBounds, LoopTrace, run_loops
+from cognexis.decoder.stability import require_finite_states
+from cognexis.errors import CacheError, InvalidConfigError, NonFiniteError
 from cognexis.looping.options import (
     CALL_KEYWORDS,
     LOOP_MODE_ALIASES,
@@ -61,9 +61,7 @@ from cognexis.looping.options import (
     refuse_misspelt,
     resolve_loop_options,
 )
-from cognexis.looping.schedulers.base import SchedulerContext, reason_code, reason_name
 from cognexis.looping.session import LoopSession
-from cognexis.looping.trace import LoopDiagnostics
 from cognexis.looping.value_head import ValueHead
 
 
@@ -130,29 +128,14 @@ class CognexisPreTrainedModel(CheckpointFiles, PreTrainedModel):  # type: ignore
             if isinstance(module, RecurrentCore):
                 module.checkpoint_every_loops = every
 
-    def _require_maskable_attention(self) -> None:
-        """Attention memory and global tokens need masks that some attention implementations do not take."""
-        implementation = self.config._attn_implementation or ""
-        has_memory = self.config.input_injection == "attention_memory"
-        takes_masks = implementation in ("", "eager", "sdpa") or (
-            implementation == "flex_attention" and not has_memory
-        )
-        if (has_memory or self.config.global_tokens > 0) and not takes_masks:
-            raise InvalidConfigError(
-                f"attn_implementation={implementation!r}: attention memory and global tokens need masks that it does "
-                "not take; use sdpa or eager",
-                path="attn_implementation",
-                value=implementation,
-            )
-
 
 class CognexisModel(CognexisPreTrainedModel):
     """The body: embedding, prelude, looped core, coda and final norm.
 
     Attributes:
         value_head: predicts what further loops gain; None unless ``config.value_head`` describes one.
-        compaction: where tokens stop at different loops, "exact" leaves stopped ones out of the computation and waits
-            for the device once per loop, "off" computes all of them; "auto" is "exact" on a CPU and "off" elsewhere.
+        compaction: "exact" leaves stopped tokens out of the computation and waits for the device once per loop,
+            "off" computes all of them; "auto" is "exact" on a CPU and "off" elsewhere.
     """
 
     def __init__(self, config: CognexisConfig) -> None:
@@ -235,14 +218,12 @@ class CognexisModel(CognexisPreTrainedModel):
         given |= {"scheduler": scheduler, "quality_tier": quality_tier, "halt_dependency": halt_dependency}
         given |= {"cache_policy": cache_policy, "allow_extrapolation": allow_extrapolation}
         options = self.loop_options(given)
-        self._require_maskable_attention()
+        require_maskable_attention(self.config)
         hidden_states = self._embed(input_ids, inputs_embeds)
         batch_size, length = hidden_states.shape[:2]
         check_mask_type(attention_mask)
         check_position_shape(position_ids, batch_size, length)
-        documents = self._documents(
-            batch_size, length, document_ids, position_ids, attention_mask, past_key_values, kwargs
-        )
+        documents = packed_documents(batch_size, length, document_ids, position_ids, attention_mask, kwargs)
         if documents is not None:
             if past_key_values is not None and int(past_key_values.get_seq_length()) > 0:
                 raise CacheError(
@@ -251,16 +232,17 @@ class CognexisModel(CognexisPreTrainedModel):
             past_key_values, use_cache = None, False
         if use_cache and past_key_values is None:
             past_key_values = CognexisCache(self.config)
-        policy = self._depth_policy(options, past_key_values, loop_session)
+        policy = depth_policy(options, past_key_values, loop_session)
         if policy is not None:
-            self._check_mixed(options, batch_size, length)
+            check_mixed(self, options, batch_size, length)
         if past_key_values is not None:
             bind_cache(past_key_values, self.config, options.num_loops, length, policy)
         if "cache" not in kwargs:  # a paged engine brings masks of its own
-            keys = self._readable_keys(past_key_values, length)
+            keys = readable_keys(past_key_values, length)
             check_attention_mask(attention_mask, batch_size, self.config.num_attention_heads, length, keys)
         if position_ids is None:
-            position_ids = self._positions(attention_mask, documents, past_key_values, length, hidden_states.device)
+            restarts = documents if self.config.document_boundary_attention else None
+            position_ids = default_positions(attention_mask, restarts, past_key_values, length, hidden_states.device)
         check_positions(self.config, position_ids)
         masks = build_masks(
             self.config,
@@ -269,7 +251,7 @@ class CognexisModel(CognexisPreTrainedModel):
             past_key_values,
             position_ids,
             documents if self.config.document_boundary_attention else None,
-            materialise=policy is not None and length > 1 and self._compacts(hidden_states.device),
+            materialise=policy is not None and length > 1 and compacts(self, hidden_states.device),
         )
         shared = {
             "position_embeddings": self.rotary_emb(hidden_states, position_ids=position_ids),
@@ -292,7 +274,7 @@ class CognexisModel(CognexisPreTrainedModel):
         hidden_states, core = run(hidden_states, options, masks, bool(return_loop_stats), loops, **shared)
         if self.training:
             require_finite_states(core.is_finite)
-        return self._output(hidden_states, past_key_values, options, core, bool(return_loop_stats))
+        return body_output(self, hidden_states, past_key_values, options, core, bool(return_loop_stats))
 
     def loop_options(self, given: dict[str, Any]) -> LoopOptions:
         """What a call with these loop arguments may run, the rest being taken from the checkpoint.
@@ -317,7 +299,7 @@ class CognexisModel(CognexisPreTrainedModel):
         options: LoopOptions,
         masks: dict[str, Any],
         record: bool = False,
-        loops: "MixedLoops | None" = None,
+        loops: MixedLoops | None = None,
         **shared: Any,
     ) -> tuple[Tensor, CoreOutput]:
         """Run all stages on embeddings ``[B, T, H]``: a prompt, a chunk of one, or a training batch.
@@ -333,7 +315,7 @@ class CognexisModel(CognexisPreTrainedModel):
         if loops is None:
             core = self.recurrent(h0, options.num_loops, masks=core_masks, record=record, **shared)
         else:
-            core = self._run_mixed(h0, loops, masks, core_masks, record, shared)
+            core = run_mixed(self, h0, loops, masks, core_masks, record, shared)
         return self.final_norm(self.coda(core.hidden_states, masks=masks, **shared)), core
 
     def decode_step(
@@ -342,138 +324,11 @@ class CognexisModel(CognexisPreTrainedModel):
         options: LoopOptions,
         masks: dict[str, Any],
         record: bool = False,
-        loops: "MixedLoops | None" = None,
+        loops: MixedLoops | None = None,
         **shared: Any,
     ) -> tuple[Tensor, CoreOutput]:
-        """Run all stages on one new token per row, ``[B, 1, H]``; earlier tokens are read from the cache.
-
-        The stages run as in :meth:`prefill`.
-        """
+        """As :meth:`prefill`, on one new token per row, ``[B, 1, H]``; earlier tokens are read from the cache."""
         return self.prefill(hidden_states, options, masks, record, loops, **shared)
-
-    def _depth_policy(
-        self, options: LoopOptions, past_key_values: Any, loop_session: LoopSession | None
-    ) -> str | None:
-        """How keys are kept where tokens may run different numbers of loops; None where all run the same number."""
-        held = getattr(past_key_values, "policy", None)
-        if options.mixes_depths or (loop_session is not None and loop_session.mixes_depths):
-            return options.cache_policy
-        return held.name if held is not None and int(past_key_values.get_seq_length()) > 0 else None
-
-    def _check_mixed(self, options: LoopOptions, batch_size: int, length: int) -> None:
-        if options.row_loops is not None and tuple(options.row_loops.shape) != (batch_size,):
-            raise ShapeMismatchError(
-                f"num_loops: a tensor with one number for each row must have shape {(batch_size,)}, got "
-                f"{tuple(options.row_loops.shape)}",
-                expected=(batch_size,),
-                actual=tuple(options.row_loops.shape),
-            )
-        if self.training and options.is_adaptive and options.dependency(length) == "row":
-            raise InvalidConfigError(
-                "halt_dependency='row': later tokens would decide about earlier ones in training; use prefix",
-                path="halt_dependency",
-            )
-        if self.training and self.recurrent.gradient_checkpointing:
-            raise InvalidConfigError(
-                "loop_mode: tokens of different loop counts are not recomputed in the backward pass; turn gradient "
-                "checkpointing off",
-                path="loop_mode",
-            )
-        if options.scheduler is not None and "predicted_gain" in options.scheduler.signals and self.value_head is None:
-            raise InvalidConfigError(
-                f"scheduler={options.scheduler.name!r}: the model has no value head; fit one with `cognexis scheduler "
-                "fit`, or use rule_based",
-                path="scheduler",
-                value=options.scheduler.name,
-            )
-
-    def _compacts(self, device: torch.device) -> bool:
-        return self.compaction == "exact" or (self.compaction == "auto" and device.type == "cpu")
-
-    def _run_mixed(
-        self,
-        h0: Tensor,
-        loops: "MixedLoops",
-        masks: dict[str, Any],
-        core_masks: dict[str, Any],
-        record: bool,
-        shared: dict[str, Any],
-    ) -> CoreOutput:
-        """Run the core where tokens may stop at different loops."""
-        options, session, cache = loops.options, loops.session, shared["past_key_values"]
-        batch_size, length = h0.shape[:2]
-        self.recurrent.add_sites(options.num_loops)
-        takes_part = loops.is_real
-        if session is not None and session.finished is not None:
-            takes_part = takes_part & ~session.finished[:, None].to(h0.device)
-        run = AdaptiveRun(
-            self.recurrent,
-            h0,
-            core_masks,
-            shared,
-            loops.is_real,
-            cache=cache,
-            compaction="exact" if self._compacts(h0.device) else "off",
-            reduces_rows=options.loop_mode == "adaptive_sequence",
-            probe=self._probe(masks, shared, loops),
-            value_head=self.value_head,
-        )
-        budget = None
-        if session is not None and session.budget is not None:
-            keys = length if cache is None else int(cache.get_seq_length(0))
-            flops = core_flops_per_token(self.config, keys)
-            budget = session.budget.begin_pass(batch_size, h0.device, flops, loops.fitting_loops)
-        scheduler = options.scheduler
-        if scheduler is not None and (session is None or session.is_first_pass):
-            name = "forward" if session is None else session.request_id
-            scheduler.begin_request(
-                SchedulerContext(name, options.min_loops, options.num_loops, quality_tier=options.quality_tier)
-            )
-        limits = None if options.row_loops is None else options.row_loops.to(h0.device)[:, None]
-        trace = LoopTrace() if record else None
-        state = run_loops(
-            run,
-            takes_part,
-            LoopBounds(min(options.min_loops, options.num_loops), options.num_loops, limits),
-            scheduler,
-            dependency=options.dependency(length),
-            budget=budget,
-            is_risky=None if session is None else session.is_risky,
-            quality_tier=options.quality_tier,
-            trace=trace,
-        )
-        if self.training and bool((failed := state.reasons == reason_code("error")).any()):
-            raise NonFiniteError(f"hidden_states: NaN or infinity after loop {int(state.loops[failed].min())}")
-        run.finish(state.loops)
-        return CoreOutput(
-            hidden_states=run.state,
-            states=run.retained(),
-            is_finite=None,
-            gate_mean=None,
-            norms=None,
-            halt=state,
-            trace=trace,
-            computed_tokens=run.computed_tokens,
-            num_probes=run.num_probes,
-        )
-
-    def _probe(self, masks: dict[str, Any], shared: dict[str, Any], loops: "MixedLoops") -> Any:
-        """Coda, norm and head on an intermediate state, without writing to the cache."""
-        peek = shared | {"past_key_values": PeekKeys(shared["past_key_values"])}
-
-        def probe(state: Tensor, last_only: bool) -> Tensor:
-            normed = self.final_norm(self.coda(state, masks=masks, **peek))
-            if last_only:
-                index = torch.arange(normed.shape[1], device=normed.device)
-                last = torch.where(loops.is_real, index, -1).amax(dim=1).clamp(min=0)
-                normed = normed[torch.arange(len(last), device=last.device), last][:, None]
-            if loops.output_head is not None:
-                return loops.output_head(normed)
-            if not self.config.tie_word_embeddings:
-                raise InvalidConfigError("scheduler: it looks at predictions, and the body alone has no head")
-            return nn.functional.linear(normed, self.embed_tokens.weight)
-
-        return probe
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Any) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -485,109 +340,6 @@ class CognexisModel(CognexisPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids.long())
         scale = self.config.embedding_scale
         return self.embedding_dropout(inputs_embeds if scale == 1.0 else inputs_embeds * scale)
-
-    def _documents(
-        self,
-        batch_size: int,
-        length: int,
-        document_ids: Tensor | None,
-        position_ids: Tensor | None,
-        attention_mask: Any,
-        past_key_values: Any,
-        kwargs: dict[str, Any],
-    ) -> Tensor | None:
-        """Packed documents of this call, or None; a paged engine keeps its requests apart by itself."""
-        if "cache" in kwargs or (torch.compiler.is_compiling() and document_ids is None):
-            return None
-        fresh = attention_mask is None and length > 1
-        return find_documents(
-            batch_size,
-            length,
-            document_ids=document_ids,
-            seq_idx=kwargs.get("seq_idx"),
-            cu_seq_lens=kwargs.get("cu_seq_lens_q"),
-            position_ids=position_ids if fresh else None,
-            attention_mask=attention_mask if isinstance(attention_mask, Tensor) else None,
-        )
-
-    def _readable_keys(self, past_key_values: Any, length: int) -> tuple[int, ...]:
-        """Numbers of keys that a mask may cover, where they can be read without waiting for a device."""
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if torch.compiler.is_compiling() or (isinstance(past, Tensor) and past.device.type != "cpu"):
-            return ()
-        keys = (int(past) + length,)
-        has_layers = past_key_values is not None and len(past_key_values.layers) > 0
-        return (*keys, past_key_values.get_max_length()) if has_layers else keys
-
-    def _positions(
-        self,
-        attention_mask: Any,
-        documents: Tensor | None,
-        past_key_values: Any,
-        length: int,
-        device: torch.device,
-    ) -> Tensor:
-        """Default positions: restart with each document, count real tokens under padding, continue a cache."""
-        if documents is not None and self.config.document_boundary_attention:
-            return document_positions(documents)
-        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            is_real = attention_mask != 0
-            return (is_real.long().cumsum(-1) - 1).masked_fill(~is_real, 0)[:, -length:].to(device)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        return (torch.arange(length, device=device) + past).unsqueeze(0)
-
-    def _output(
-        self, hidden_states: Tensor, past_key_values: Any, options: LoopOptions, core: Any, stats: bool
-    ) -> CognexisModelOutput:
-        rows = hidden_states.shape[0]
-        if core.halt is None:
-            loops = torch.full((rows,), options.num_loops, dtype=torch.long, device=hidden_states.device)
-            codes = None
-        else:
-            loops, codes = core.halt.loops, core.halt.reasons
-            if options.loop_mode != "adaptive_token":  # a row's tokens stop together
-                deepest = loops.argmax(dim=1, keepdim=True)
-                loops, codes = loops.gather(1, deepest)[:, 0], codes.gather(1, deepest)[:, 0]
-        diagnostics, reasons = None, None
-        if stats:
-            diagnostics = LoopDiagnostics.from_run(options, core, self.config.input_injection)
-            if self.config.recurrent_residual_mode.startswith("learned"):
-                diagnostics.residual_scales = residual_scale_report(self.recurrent)
-            reasons = ["max_loops"] * rows if codes is None else _named(codes.tolist())
-        depth = self.config.effective_depth(0) + loops * self.config.num_recurrent_blocks
-        return CognexisModelOutput(
-            last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
-            loop_counts=loops,
-            effective_depth=depth,
-            loop_states=core.states or None,
-            halt_codes=codes,
-            halt_reasons=reasons,
-            loop_diagnostics=diagnostics,
-        )
-
-
-@dataclass(frozen=True)
-class MixedLoops:
-    """What a call needs to know where tokens may run different numbers of loops.
-
-    Attributes:
-        options: bounds, scheduler and policies.
-        is_real: bool ``[B, T]``, False at padding.
-        session: the request, or None outside ``generate``.
-        output_head: maps normed states to logits; None for a body on its own.
-        fitting_loops: most loops whose keys the request's limit of cache bytes has room for; None without a limit.
-    """
-
-    options: LoopOptions
-    is_real: Tensor
-    session: LoopSession | None
-    output_head: Any
-    fitting_loops: int | None = None
-
-
-def _named(codes: Any) -> Any:
-    return [_named(code) if isinstance(code, list) else reason_name(code) for code in codes]
 
 
 class CognexisForCausalLM(CognexisPreTrainedModel, LoopedGenerationMixin):  # type: ignore[misc]
@@ -675,7 +427,7 @@ class CognexisForCausalLM(CognexisPreTrainedModel, LoopedGenerationMixin):  # ty
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(_kept_positions(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(kept_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if has_labels:
             loss = self.loss_function(
@@ -697,16 +449,6 @@ class CognexisForCausalLM(CognexisPreTrainedModel, LoopedGenerationMixin):  # ty
             halt_reasons=outputs.halt_reasons,
             loop_diagnostics=outputs.loop_diagnostics,
         )
-
-
-def _kept_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    if isinstance(logits_to_keep, int):
-        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
-    if logits_to_keep.ndim == 2:
-        if logits_to_keep.dtype == torch.bool:
-            return hidden_states[logits_to_keep]
-        return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
-    return hidden_states[:, logits_to_keep]
 
 
 class CognexisForSequenceClassification(CognexisPreTrainedModel):

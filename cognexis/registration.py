@@ -18,7 +18,7 @@ from cognexis.checkpoints.card_facts import CardFacts, DepthScore
 from cognexis.checkpoints.metadata import TrainingRecord
 from cognexis.configuration_cognexis import CognexisConfig
 from cognexis.decoder.cache import CognexisCache
-from cognexis.decoder.generation import CognexisGenerateBeamOutput, CognexisGenerateOutput
+from cognexis.decoder.generation_stats import CognexisGenerateBeamOutput, CognexisGenerateOutput
 from cognexis.decoder.streaming import StepEvent, StepEventStreamer
 from cognexis.hub.build import build_id
 from cognexis.hub.bundle import write_bundle, write_tokenizer_code

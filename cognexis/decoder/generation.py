@@ -8,23 +8,24 @@ loops fits, and a request that runs out of time in the middle of one returns wha
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, StoppingCriteria
+from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS, GenerationMode
-from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from cognexis.configuration_rules import nearest_name
 from cognexis.decoder.cache import CognexisCache
+from cognexis.decoder.generation_stats import StopSettings, with_loop_stats
+from cognexis.decoder.generation_watch import FiniteLogits, RequestWatch
 from cognexis.decoder.masks import build_masks
 from cognexis.decoder.request_checks import check_generation_values, check_lengths, check_prompt, check_prompts
-from cognexis.errors import BudgetExceededError, InvalidConfigError, NonFiniteError, ShapeMismatchError
+from cognexis.errors import BudgetExceededError, InvalidConfigError
 from cognexis.looping.budget import BudgetLimits, RequestBudget
 from cognexis.looping.cost import core_flops_per_token
 from cognexis.looping.options import (
@@ -45,126 +46,6 @@ _REFUSED_MODES = {
     GenerationMode.CONSTRAINED_BEAM_SEARCH: "its code is no longer part of transformers",
     GenerationMode.DOLA_GENERATION: "it contrasts logits of early layers, which a shared core does not have",
 }
-
-
-@dataclass
-class CognexisGenerateOutput(GenerateDecoderOnlyOutput):
-    """Generated sequences with the compute they took.
-
-    Attributes:
-        loop_counts: ``[B, N]`` loops behind each of the N new tokens; 0 after a row has ended.
-        effective_depths: ``[B, N]`` blocks behind each new token; 0 after a row has ended.
-        halt_reasons: per row, why the loops of each new token stopped.
-        stop_reasons: per row, why generation stopped: "eos_token", "max_new_tokens", "stop_string",
-            "budget_exhausted" (``max_time`` or a budget) or "cancelled" (a stopping criterion of the caller).
-        budget_used: ``[B]`` core applications up to the row's last token, drafts by this model included; of a pass
-            whose tokens differ the deepest counts.
-        loop_diagnostics: bounds, mode, scheduler and its summary, cache policy, mean loops by phase ("prefill",
-            "decode"), cache bytes, and whether the run went beyond the trained depth.
-    """
-
-    loop_counts: Tensor | None = None
-    effective_depths: Tensor | None = None
-    halt_reasons: list[list[str]] | None = None
-    stop_reasons: list[str] | None = None
-    budget_used: Tensor | None = None
-    loop_diagnostics: dict[str, Any] | None = None
-
-
-@dataclass
-class CognexisGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
-    """As :class:`CognexisGenerateOutput`, for beam search."""
-
-    loop_counts: Tensor | None = None
-    effective_depths: Tensor | None = None
-    halt_reasons: list[list[str]] | None = None
-    stop_reasons: list[str] | None = None
-    budget_used: Tensor | None = None
-    loop_diagnostics: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class StopSettings:
-    """What may end a row before its length limit: end tokens, stop strings, time, a caller's criteria, a budget."""
-
-    eos_ids: list[int]
-    has_stop_strings: bool
-    max_time: float | None
-    has_criteria: bool
-    pad_token_id: int | None
-    is_spent: Callable[[int], bool]
-
-
-class FiniteLogits(LogitsProcessor):
-    """Stops a generation whose logits are unusable, instead of emitting token 0.
-
-    It stands before and after the caller's processors. In host memory a fault is raised at once; elsewhere a flag is
-    kept on the device and read at the end, so that no token waits for it.
-    """
-
-    def __init__(self, before: "FiniteLogits | None" = None) -> None:
-        self.before = before
-        self.shape: tuple[int, ...] = ()
-        self.is_finite: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.shape = tuple(scores.shape)
-        if self.before is not None and self.shape != self.before.shape:
-            raise ShapeMismatchError(
-                f"logits_processor: scores must keep the shape {self.before.shape}, got {self.shape}",
-                expected=self.before.shape,
-                actual=self.shape,
-            )
-        is_broken = torch.isnan(scores).any() | torch.isposinf(scores).any()
-        hides_all = torch.isneginf(scores).all(dim=-1).any()
-        is_finite = ~(is_broken | hides_all)
-        self.is_finite = is_finite if self.is_finite is None else self.is_finite & is_finite
-        if scores.device.type == "cpu":
-            self.require()
-        return scores
-
-    def require(self) -> None:
-        """Raise if any step so far had unusable logits.
-
-        Raises:
-            NonFiniteError: NaN, infinity, or a row in which every token is ruled out.
-        """
-        if self.is_finite is not None and not bool(self.is_finite):
-            raise NonFiniteError(
-                "logits: NaN, infinity or no possible token while generating; the weights, the loop count or a logits "
-                "processor is at fault"
-            )
-
-
-class RequestWatch(StoppingCriteria):
-    """Tells the session which rows have ended, and ends rows whose next token does not fit the budget.
-
-    Attributes:
-        others: the criteria that end rows; set when generation starts.
-        is_beam: rows are beams, of which none ends before all do.
-    """
-
-    def __init__(self, session: LoopSession, options: LoopOptions, config: Any) -> None:
-        self.session, self.options, self.config = session, options, config
-        self.others: list[Any] = []
-        self.is_beam = False
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        for criterion in () if self.is_beam else self.others:
-            done = done | criterion(input_ids, scores, **kwargs).to(done.device)
-        session = self.session
-        if not self.is_beam:
-            done = done if session.finished is None else done | session.finished.to(done.device)
-        if (is_spent := session.is_spent(self.config, self.options.min_loops, input_ids.shape[1])) is not None:
-            is_spent = is_spent.to(done.device)
-            if self.is_beam:
-                is_spent = is_spent.any().expand_as(done)
-            session.note_spent(is_spent & ~done)
-            done = done | is_spent
-        if not self.is_beam:
-            session.finished = done
-        return done
 
 
 # transformers annotates ``self`` of these methods with a private class; Any keeps the overrides readable.
@@ -249,7 +130,7 @@ class LoopedGenerationMixin(_GenerationMixin):
         if not stats:
             return result
         assert recorder is not None
-        return _with_loop_stats(result, recorder, self.config, stops, options, given, session)
+        return with_loop_stats(result, recorder, self.config, stops, options, given, session)
 
     def _request(self, generation_config: Any, kwargs: dict[str, Any]) -> tuple[LoopOptions, BudgetLimits]:
         """Loops and limits of a request: what the call leaves out comes from the generation configs."""
@@ -587,87 +468,3 @@ def _as_ids(value: Any) -> list[int]:
 
 def _is_scalar(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 0
-
-
-def stop_reason(tokens: list[int], stops: StopSettings, is_full: bool, is_spent: bool) -> str:
-    """Why a row ended after ``tokens``: end token, length, budget, stop string, time, or a caller's criterion."""
-    if tokens and tokens[-1] in stops.eos_ids:
-        return "eos_token"
-    if is_full:
-        return "max_new_tokens"
-    if is_spent:
-        return "budget_exhausted"
-    if stops.has_stop_strings:
-        return "stop_string"
-    return "cancelled" if stops.max_time is None else "budget_exhausted"
-
-
-def _row_length(tokens: list[int], stops: StopSettings) -> int:
-    """New tokens of a row without the padding that follows its end."""
-    for index, token in enumerate(tokens):
-        if token in stops.eos_ids:
-            return index + 1
-    end = len(tokens)
-    if stops.has_stop_strings or stops.has_criteria:  # only these end a row without an end token of its own
-        while end > 1 and tokens[end - 1] == stops.pad_token_id:
-            end -= 1
-    return end
-
-
-def _with_loop_stats(
-    result: Any,
-    recorder: LoopRecorder,
-    config: Any,
-    stops: StopSettings,
-    options: LoopOptions,
-    prompt_length: int,
-    session: LoopSession | None,
-) -> Any:
-    """Wrap transformers' output with the statistics that ``recorder`` collected."""
-    total = result.sequences.shape[1]
-    new = result.sequences[:, prompt_length:].tolist()
-    is_full = recorder.max_length is not None and total >= recorder.max_length
-    is_beam = isinstance(result, GenerateBeamDecoderOnlyOutput)
-    rows = len(new)
-    if recorder.mixes_depths and not is_beam:  # ended rows run nothing
-        ran = recorder.token_loops(len(new[0])) > 0
-        lengths = ran.sum(dim=1).tolist()
-    else:
-        lengths = [_row_length(row, stops) for row in new]
-    emitted = torch.tensor([[i < n for i in range(len(new[0]))] for n in lengths])
-    counts = recorder.token_loops(len(new[0])).cpu()
-    group = counts.shape[0] // rows
-    counts = counts[::group][:rows] * emitted  # beams of one prompt stand next to each other
-    depths = config.effective_depth(0) + counts * config.num_recurrent_blocks
-    return (CognexisGenerateBeamOutput if is_beam else CognexisGenerateOutput)(
-        **result,
-        loop_counts=counts,
-        effective_depths=torch.where(counts > 0, depths, 0),
-        halt_reasons=recorder.halt_reasons(lengths, group),
-        stop_reasons=[
-            stop_reason(row[:n], stops, is_full and n == len(row), stops.is_spent(index))
-            for index, (row, n) in enumerate(zip(new, lengths, strict=True))
-        ],
-        budget_used=recorder.total_loops([len(recorder.steps)] * rows if is_beam else lengths)[::group][:rows],
-        loop_diagnostics={
-            "loop_mode": options.loop_mode,
-            "requested_loops": options.requested_loops,
-            "min_loops": options.min_loops,
-            "max_loops": options.max_loops,
-            "extrapolated": int(counts.max()) > options.trained_max_loops or options.extrapolated,
-            "cache_policy": options.cache_policy,
-            "phases": recorder.by_phase(),
-            **(_scheduler_facts(options) if options.scheduler is not None else {}),
-            **({} if session is None else {"cache_bytes": session.cache_bytes}),
-        },
-    )
-
-
-def _scheduler_facts(options: LoopOptions) -> dict[str, Any]:
-    assert options.scheduler is not None
-    return {
-        "scheduler": options.scheduler.to_dict(),
-        "halt_dependency": options.halt_dependency or "prefix",
-        "quality_tier": options.quality_tier,
-        "scheduler_summary": options.scheduler.finish(),
-    }

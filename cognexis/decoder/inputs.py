@@ -1,4 +1,4 @@
-"""Checks of what a caller hands to the model, before any computation.
+"""Checks of what a caller hands to the model, before any computation, and what follows from it.
 
 Shapes and dtypes are checked always; values (ids, positions) only for tensors in host memory and never while a graph
 is being compiled, because reading them elsewhere would wait for the device.
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cognexis.decoder.masks import document_positions, find_documents
 from cognexis.errors import InvalidConfigError, InvalidTokenIdError, ShapeMismatchError
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -158,3 +159,53 @@ def check_positions(config: Any, position_ids: Tensor) -> None:
             path="position_ids",
             value=last,
         )
+
+
+def packed_documents(
+    batch_size: int,
+    length: int,
+    document_ids: Tensor | None,
+    position_ids: Tensor | None,
+    attention_mask: Any,
+    kwargs: dict[str, Any],
+) -> Tensor | None:
+    """Packed documents of a call, or None; a paged engine keeps its requests apart by itself.
+
+    Args:
+        kwargs: the other arguments; ``seq_idx``, ``cu_seq_lens_q`` and the paged engine's ``cache`` are read.
+    """
+    if "cache" in kwargs or (torch.compiler.is_compiling() and document_ids is None):
+        return None
+    fresh = attention_mask is None and length > 1
+    return find_documents(
+        batch_size,
+        length,
+        document_ids=document_ids,
+        seq_idx=kwargs.get("seq_idx"),
+        cu_seq_lens=kwargs.get("cu_seq_lens_q"),
+        position_ids=position_ids if fresh else None,
+        attention_mask=attention_mask if isinstance(attention_mask, Tensor) else None,
+    )
+
+
+def readable_keys(past_key_values: Any, length: int) -> tuple[int, ...]:
+    """Numbers of keys that a mask may cover, where they can be read without waiting for a device."""
+    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if torch.compiler.is_compiling() or (isinstance(past, Tensor) and past.device.type != "cpu"):
+        return ()
+    keys = (int(past) + length,)
+    has_layers = past_key_values is not None and len(past_key_values.layers) > 0
+    return (*keys, past_key_values.get_max_length()) if has_layers else keys
+
+
+def default_positions(
+    attention_mask: Any, documents: Tensor | None, past_key_values: Any, length: int, device: torch.device
+) -> Tensor:
+    """Default positions: restart with each document, count real tokens under padding, continue a cache."""
+    if documents is not None:
+        return document_positions(documents)
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        is_real = attention_mask != 0
+        return (is_real.long().cumsum(-1) - 1).masked_fill(~is_real, 0)[:, -length:].to(device)
+    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    return (torch.arange(length, device=device) + past).unsqueeze(0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from cognexis.errors import ShapeMismatchError
+from cognexis.errors import InvalidConfigError, ShapeMismatchError
 
 
 def find_documents(
@@ -177,3 +177,21 @@ def _global_tokens(config: Any, arguments: dict[str, Any], packed_positions: Ten
         return (position < config.global_tokens) & (key <= query)
 
     return is_global
+
+
+def require_maskable_attention(config: Any) -> None:
+    """Refuse attention implementations that do not take the masks of attention memory and global tokens.
+
+    Raises:
+        InvalidConfigError: names the implementation.
+    """
+    implementation = config._attn_implementation or ""
+    has_memory = config.input_injection == "attention_memory"
+    takes_masks = implementation in ("", "eager", "sdpa") or (implementation == "flex_attention" and not has_memory)
+    if (has_memory or config.global_tokens > 0) and not takes_masks:
+        raise InvalidConfigError(
+            f"attn_implementation={implementation!r}: attention memory and global tokens need masks that it does "
+            "not take; use sdpa or eager",
+            path="attn_implementation",
+            value=implementation,
+        )

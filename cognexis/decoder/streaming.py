@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from cognexis.decoder.generation import StopSettings, stop_reason
+from cognexis.decoder.generation_stats import StopSettings, stop_reason
 from cognexis.errors import InvalidConfigError
 from cognexis.looping.schedulers.base import reason_name
 from cognexis.looping.trace import LoopRecorder

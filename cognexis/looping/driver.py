@@ -142,7 +142,7 @@ def run_loops(
         measured = core.measure(signals, loop)
         if trace is not None:
             trace.note(ran, measured)
-        _decide(state, loop, core, measured, bounds, scheduler, dependency, budget, is_risky, quality_tier)
+        _decide(state, ran, loop, core, measured, bounds, scheduler, dependency, budget, is_risky, quality_tier)
         if budget is not None and budget.request.deadline is not None:
             budget.request.time_loop(clock() - start)
             if budget.request.is_late() and loop < bounds.max_loops:
@@ -164,6 +164,7 @@ def run_loops(
 
 def _decide(
     state: HaltState,
+    ran: Tensor,
     loop: int,
     core: LoopedCore,
     measured: dict[str, Tensor],
@@ -174,7 +175,7 @@ def _decide(
     is_risky: Tensor | None,
     quality_tier: str | None,
 ) -> None:
-    """Stop what has to stop after ``loop``."""
+    """Stop what has to stop after ``loop``, which the tokens ``ran`` ``[B, T]`` went through."""
     left = None if budget is None else budget.remaining_loops(state.loops, state.active)
     shape = next((values.shape for values in measured.values()), torch.Size((state.active.shape[0], 1)))
     observation = LoopObservation(
@@ -183,6 +184,7 @@ def _decide(
         max_loops=bounds.max_loops,
         remaining_loops=None if left is None else left.expand(shape),
         is_risky=None if is_risky is None else is_risky.expand(shape),
+        is_active=ran if shape == ran.shape else ran.any(dim=1, keepdim=True),
         preference=quality_tier,
         **measured,  # type: ignore[arg-type]
     )

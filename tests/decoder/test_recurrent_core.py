@@ -123,7 +123,7 @@ def test_n_loops_are_n_single_applications_bit_by_bit(injection: str, gating: bo
     h0 = start()
     around = surroundings(core, h0)
     positions = around.pop("position_ids")
-    memories = core._memories(h0, around["position_embeddings"], None)
+    memories = core.memories(h0, around["position_embeddings"], None)
     state = h0
     for loop_index in range(4):
         state, _ = core.loop(state, h0, loop_index, memories=memories, position_ids=positions, **around)
