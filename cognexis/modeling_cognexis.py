@@ -219,7 +219,7 @@ class CognexisModel(CognexisPreTrainedModel):
         given |= {"cache_policy": cache_policy, "allow_extrapolation": allow_extrapolation}
         options = self.loop_options(given)
         require_maskable_attention(self.config)
-        hidden_states = self._embed(input_ids, inputs_embeds)
+        hidden_states = self.embed(input_ids, inputs_embeds)
         batch_size, length = hidden_states.shape[:2]
         check_mask_type(attention_mask)
         check_position_shape(position_ids, batch_size, length)
@@ -330,7 +330,8 @@ class CognexisModel(CognexisPreTrainedModel):
         """As :meth:`prefill`, on one new token per row, ``[B, 1, H]``; earlier tokens are read from the cache."""
         return self.prefill(hidden_states, options, masks, record, loops, **shared)
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Any) -> Tensor:
+    def embed(self, input_ids: Tensor | None, inputs_embeds: Any) -> Tensor:
+        """Scaled embeddings ``[B, T, H]`` of ids ``[B, T]``, or of embeddings that are given."""
         if (input_ids is None) == (inputs_embeds is None):
             raise InvalidConfigError("specify exactly one of input_ids and inputs_embeds", path="input_ids")
         if inputs_embeds is not None:

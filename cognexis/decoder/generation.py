@@ -25,6 +25,7 @@ from cognexis.decoder.generation_stats import StopSettings, with_loop_stats
 from cognexis.decoder.generation_watch import FiniteLogits, RequestWatch
 from cognexis.decoder.masks import build_masks
 from cognexis.decoder.request_checks import check_generation_values, check_lengths, check_prompt, check_prompts
+from cognexis.decoder.speculative import SpeculativeDecoding
 from cognexis.errors import BudgetExceededError, InvalidConfigError
 from cognexis.looping.budget import BudgetLimits, RequestBudget
 from cognexis.looping.cost import core_flops_per_token
@@ -110,6 +111,7 @@ class LoopedGenerationMixin(_GenerationMixin):
                 kwargs["scheduler"] = options.scheduler  # one instance for all passes
         if limits.max_loops_per_token is not None:
             kwargs["max_loops"] = options.max_loops
+        speculation = self._speculation(options, limits, generation_config, kwargs)
         is_watched = streamer is not None and hasattr(streamer, "watch")
         recorder = LoopRecorder() if stats or is_watched or session is not None else None
         stops = self._stop_settings(generation_config, kwargs, session)
@@ -130,7 +132,30 @@ class LoopedGenerationMixin(_GenerationMixin):
         if not stats:
             return result
         assert recorder is not None
-        return with_loop_stats(result, recorder, self.config, stops, options, given, session)
+        result = with_loop_stats(result, recorder, self.config, stops, options, given, session)
+        if speculation is not None:
+            result.loop_diagnostics["speculation"] = speculation.facts()
+        return result
+
+    def _speculation(
+        self, options: LoopOptions, limits: BudgetLimits, generation_config: Any, kwargs: dict[str, Any]
+    ) -> SpeculativeDecoding | None:
+        """The decoding loop that drafts with few loops, put into ``kwargs`` when it is asked for."""
+        asked = {}
+        for name in ("speculative_draft_loops", "speculative_tokens"):
+            value = kwargs.pop(name, None)
+            asked[name] = _first_set(name, generation_config, self.generation_config) if value is None else value
+        if all(value is None for value in asked.values()):
+            return None
+        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate"):
+            if kwargs.get(name) is not None:
+                raise InvalidConfigError(f"{name}: does not go with speculative_draft_loops", path=name)
+        if limits.is_limiting:
+            raise InvalidConfigError("speculative_draft_loops: does not go with budgets; limit max_new_tokens instead")
+        draft_loops, num_tokens = asked["speculative_draft_loops"], asked["speculative_tokens"]
+        speculation = SpeculativeDecoding.of_request(self, options, draft_loops, num_tokens)
+        kwargs["custom_generate"] = speculation
+        return speculation
 
     def _request(self, generation_config: Any, kwargs: dict[str, Any]) -> tuple[LoopOptions, BudgetLimits]:
         """Loops and limits of a request: what the call leaves out comes from the generation configs."""
@@ -195,7 +220,8 @@ class LoopedGenerationMixin(_GenerationMixin):
         """Run transformers' generate with a finiteness check among the logits processors."""
         before = FiniteLogits()
         after = FiniteLogits(before)
-        if not callable(kwargs.get("custom_generate")):
+        custom = kwargs.get("custom_generate")
+        if not callable(custom) or isinstance(custom, SpeculativeDecoding):
             kwargs = kwargs | {"logits_processor": [before, *(kwargs.get("logits_processor") or []), after]}
         cap = self.config.loop_cap
         session: LoopSession | None = kwargs.get("loop_session")

@@ -92,6 +92,7 @@ class LoopRecorder:
         steps: one ``[B]`` tensor of loop counts per emitted token; 0 for a row that has ended, where rows may differ.
         reasons: beside each of them the halt reasons as codes ``[B]``; None where all ran a fixed number.
         passes: one ``[B]`` tensor per forward pass, chunks of a prompt and drafts by the model itself included.
+        ends: beside each step the number of passes up to it.
         num_prefill: how many of the passes read the prompt.
         max_length: longest sequence that the request allows, prompt included; None before generation starts.
     """
@@ -100,6 +101,7 @@ class LoopRecorder:
         self.steps: list[Tensor] = []
         self.reasons: list[Tensor | None] = []
         self.passes: list[Tensor] = []
+        self.ends: list[int] = []
         self.num_prefill = 0
         self.max_length: int | None = None
 
@@ -129,6 +131,7 @@ class LoopRecorder:
         codes = halt_codes if halt_codes is None or halt_codes.ndim == 1 else halt_codes[:, -1]
         self.steps += [last] * int(num_new_tokens)
         self.reasons += [codes] * int(num_new_tokens)
+        self.ends += [len(self.passes)] * int(num_new_tokens)
 
     @property
     def mixes_depths(self) -> bool:
@@ -150,8 +153,8 @@ class LoopRecorder:
         """Core applications of each row, up to the pass that gave its last token; ``lengths`` counts new tokens."""
         if self.mixes_depths:  # ended rows run nothing
             return torch.stack([p.cpu() for p in self.passes]).sum(dim=0)
-        unused = [len(self.steps) - n for n in lengths]
-        return torch.stack([torch.stack(self.passes)[: len(self.passes) - u, 0].sum() for u in unused])
+        passes = torch.stack(self.passes)[:, 0]
+        return torch.stack([passes[: self.ends[n - 1]].sum() for n in lengths])
 
     def by_phase(self) -> dict[str, dict[str, Any]]:
         """Mean and largest number of loops of a row's pass over the prompt, and of its later passes."""
