@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 
+from cognexis.checkpoints.commit import staged_folder
 from cognexis.checkpoints.json_file import read_bytes, read_json, require_schema, write_json
 from cognexis.checkpoints.manifest import refresh_manifest
 from cognexis.errors import ArtifactMismatchError, CheckpointError, InvalidConfigError
@@ -62,7 +63,7 @@ def metadata_of(model: Any, record: TrainingRecord, tokenizer: dict[str, Any] | 
         "parameter_count": model.num_parameters(),
         "recurrent_blocks_stored": config.num_recurrent_blocks,
         "trained_max_loops": config.trained_max_loops,
-        "scheduler_mode": "fixed",
+        "scheduler_mode": model.scheduler_record["scheduler"]["type"],
         "tokenizer_checksum": config.tokenizer_checksum,
         "chat_template": None,
         **{key: value for key, value in (tokenizer or {}).items() if value is not None},
@@ -122,14 +123,46 @@ def training_record(metadata: dict[str, Any] | None) -> TrainingRecord:
     return TrainingRecord(**known)
 
 
-def scheduler_state(scheduler: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The content of ``scheduler.json``: how loops are chosen, and what a learned choice needs."""
+def scheduler_state(
+    scheduler: dict[str, Any] | None = None,
+    value_head: dict[str, Any] | None = None,
+    calibration: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of ``scheduler.json``: how loops are chosen, and what a learned choice needs.
+
+    Args:
+        scheduler: ``{"type": ...}`` with the fields of that scheduler; None: fixed loop counts.
+        value_head: how the head was fitted and what was measured about it; its weights are the model's
+            ``model.value_head.*``, its settings stand in ``config.json``.
+        calibration: the map of the head's predictions, as ``ValueHead.set_calibration`` takes it.
+    """
     return {
         "schema_version": SCHEMA_VERSION,
         "scheduler": scheduler or {"type": "fixed"},
-        "value_head": None,
-        "calibration": None,
+        "value_head": value_head,
+        "calibration": calibration,
     }
+
+
+def write_scheduler(folder: Path, model: Any) -> None:
+    """Bring the saved checkpoint ``folder`` of ``model`` up to date with ``model.scheduler_record``, in one step.
+
+    Weights and configuration stay as they are on disk.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or the record is no scheduler state.
+        ArtifactMismatchError: the record contradicts ``config.resolved.yaml``. Nothing is changed then.
+    """
+    record = model.scheduler_record
+    with staged_folder(folder) as staging:
+        write_json(staging / SCHEDULER_FILE, record)
+        if (metadata := read_metadata(folder)) is not None:
+            write_json(staging / METADATA_FILE, metadata | {"scheduler_mode": record["scheduler"]["type"]})
+        for writer in model._folder_writers:
+            writer(staging, model, folder)
+        place = staging if (staging / RESOLVED_FILE).exists() else folder
+        check_scheduler(place / SCHEDULER_FILE, record)
+        refresh_manifest(staging, folder)
 
 
 def read_scheduler(folder: Path) -> dict[str, Any] | None:
@@ -143,11 +176,24 @@ def read_scheduler(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     content = read_json(path, limit=2**20)
+    check_scheduler(path, content)
+    return content
+
+
+def check_scheduler(path: Path, content: Any) -> None:
+    """Raise unless ``content`` may stand in the ``scheduler.json`` at ``path``; see :func:`read_scheduler`."""
     require_schema(path, content, SCHEMA_VERSION)
     scheduler = content.get("scheduler")
     if not isinstance(scheduler, dict) or not isinstance(scheduler.get("type"), str):
         raise CheckpointError(f"{path}: scheduler must be an object with a type")
-    resolved = _resolved_scheduler(folder)
+    for name in ("value_head", "calibration"):
+        if not isinstance(content.get(name), dict | None):
+            raise CheckpointError(f"{path}: {name} must be an object or null")
+    resolved = _resolved_scheduler(path.parent)
+    if (gain := resolved.pop("predicted_gain_threshold", None)) is not None and scheduler["type"] == resolved.get(
+        "type"
+    ):
+        resolved["gain_threshold"] = gain
     for name in sorted(set(scheduler) & set(resolved)):
         if scheduler[name] != resolved[name]:
             raise ArtifactMismatchError(
@@ -156,7 +202,6 @@ def read_scheduler(folder: Path) -> dict[str, Any] | None:
                 value=scheduler[name],
                 reason=f"{RESOLVED_FILE} says {resolved[name]!r}",
             )
-    return content
 
 
 def _resolved_scheduler(folder: Path) -> dict[str, Any]:

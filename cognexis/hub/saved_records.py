@@ -29,7 +29,11 @@ def write_saved_records(folder: Path, model: Any, target: Path) -> None:
     generation_config = getattr(model, "generation_config", None)
     try:
         resolved = run_config_of_checkpoint(
-            model.config, generation_config, tokenizer_checksum=checksum, dtype=model.dtype
+            model.config,
+            generation_config,
+            tokenizer_checksum=checksum,
+            dtype=model.dtype,
+            scheduler=model.scheduler_record["scheduler"],
         )
     except InvalidConfigError as error:
         logger.warning(f"{target}: saved without {RESOLVED_FILE}: {error}")

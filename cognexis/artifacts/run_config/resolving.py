@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from cognexis.artifacts.run_config.inference_section import SchedulerSettings
 from cognexis.artifacts.run_config.other_sections import TokenizerSection
 from cognexis.artifacts.run_config.run_config import RunConfig
 from cognexis.configuration_cognexis import CognexisConfig
@@ -136,6 +137,7 @@ def run_config_of_checkpoint(
     *,
     tokenizer_checksum: str | None = None,
     dtype: Any = None,
+    scheduler: dict[str, Any] | None = None,
     name: str = "checkpoint",
 ) -> RunConfig:
     """The resolved run configuration that describes a saved model.
@@ -146,6 +148,7 @@ def run_config_of_checkpoint(
         tokenizer: object with the attributes ``bos_token``, ``eos_token``, ``pad_token`` and ``unk_token``.
         tokenizer_checksum: "sha256:..." of the tokenizer; None takes the one in ``model_config``.
         dtype: format of the stored weights; None takes the one in ``model_config``.
+        scheduler: that of ``scheduler.json``; None: fixed loop counts.
         name: name of the run.
 
     Raises:
@@ -163,7 +166,7 @@ def run_config_of_checkpoint(
             run={"name": name},
             tokenizer=tokens | {"vocab_size": model_config.vocab_size},
             model=model,
-            inference=_inference_of(model_config, generation_config),
+            inference=_inference_of(model_config, generation_config) | {"scheduler": _scheduler_of(scheduler or {})},
         )
     )
 
@@ -178,6 +181,12 @@ def _special_tokens(tokenizer: Any) -> dict[str, Any]:
     if found["eod_token"] is None and default in getattr(tokenizer, "all_special_tokens", ()):
         found["eod_token"] = default
     return found
+
+
+def _scheduler_of(scheduler: dict[str, Any]) -> dict[str, Any]:
+    """The part of a scheduler's own settings that a run configuration knows."""
+    named = {"predicted_gain_threshold" if key == "gain_threshold" else key: scheduler[key] for key in scheduler}
+    return {key: value for key, value in named.items() if key in SchedulerSettings.model_fields and value is not None}
 
 
 def _inference_of(model_config: CognexisConfig, generation_config: Any) -> dict[str, Any]:
