@@ -22,10 +22,20 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer, or look at one.")
 config_app = typer.Typer(no_args_is_help=True, help="Check, expand and migrate run configurations.")
 app.add_typer(tokenizer_app, name="tokenizer")
+scheduler_app = typer.Typer(
+    no_args_is_help=True, help="Learn when another loop is worth it: fit and judge a value head."
+)
 app.add_typer(config_app, name="config")
+app.add_typer(scheduler_app, name="scheduler")
 
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a setting; repeatable.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Checkpoint = Annotated[Path, typer.Option(help="Folder of a saved model.")]
+RowFile = Annotated[Path, typer.Option(help='JSONL with {"text": ...} or {"input_ids": [...], "labels": [...]}.')]
+Depth = Annotated[int | None, typer.Option("--max-loops", help="Depth of the runs; default: what was trained.")]
+NumRows = Annotated[int | None, typer.Option(help="So many rows of the file, drawn by the seed; default: all.")]
+MaxLength = Annotated[int | None, typer.Option(help="Cut longer rows off; default: the model's longest.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the default is cuda if present.")]
 ConfigFile = Annotated[Path, typer.Argument(metavar="FILE", help="Run configuration, YAML or JSON.")]
 
 
@@ -251,6 +261,128 @@ def config_variants(as_json: AsJson = False) -> None:
         _print_json(rows)
     else:
         _print_table(tuple(rows[0]), [tuple(str(value) for value in row.values()) for row in rows])
+
+
+@scheduler_app.command("collect")
+def scheduler_collect(
+    checkpoint: Checkpoint,
+    data: RowFile,
+    out: Annotated[Path, typer.Option(help="Folder for traces.jsonl, traces.parquet and manifest.json.")],
+    max_loops: Depth = None,
+    num_rows: NumRows = None,
+    max_length: MaxLength = None,
+    seed: Annotated[int, typer.Option(help="Which rows, with --num-rows.")] = 0,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Record loss, gain and signals of every token after every loop."""
+    _load_package()
+    from cognexis.training.scheduler.commands import DataOptions, collect
+
+    options = DataOptions(checkpoint, data, max_loops, num_rows, max_length, seed, device)
+    with _progress("collecting traces"):
+        manifest = collect(options, out)
+    _print_json(manifest) if as_json else _print_fields({k: v for k, v in manifest.items() if k != "columns"})
+
+
+@scheduler_app.command("fit")
+def scheduler_fit(
+    checkpoint: Checkpoint,
+    data: RowFile,
+    out: Annotated[Path, typer.Option(help="Folder for the model with its value head; not the checkpoint's.")],
+    kind: Annotated[str, typer.Option(help="token or sequence.")] = "token",
+    output_kind: Annotated[str, typer.Option(help="predicted_gain or continue_logit.")] = "predicted_gain",
+    target: Annotated[str, typer.Option(help="loss_delta, accuracy_delta or compute_normalized.")] = "loss_delta",
+    horizon: Annotated[str, typer.Option(help="best: gain of the best later loop; next: of the next.")] = "best",
+    features: Annotated[str, typer.Option(help="Signals that the head reads too, with commas.")] = "relative_delta",
+    bottleneck_size: Annotated[int, typer.Option(help="Width of the head.")] = 64,
+    max_loops_embedded: Annotated[int, typer.Option(help="Loops with an embedding; 0: the loop is not seen.")] = 0,
+    gain_threshold: Annotated[float, typer.Option(help="Nats worth a loop, for continue_logit.")] = 1e-3,
+    unlabelled: Annotated[str, typer.Option(help="Positions without a target: ignore, or zero gain.")] = "ignore",
+    steps: Annotated[int, typer.Option(help="At most so many steps.")] = 400,
+    rows_per_step: Annotated[int, typer.Option(help="Rows of each step.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="Largest learning rate.")] = 3e-3,
+    max_loops: Depth = None,
+    num_rows: NumRows = None,
+    max_length: MaxLength = None,
+    seed: Annotated[int, typer.Option(help="First weights, order of the rows, and which.")] = 0,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a value head on measured gains; the rest of the model stays as it is."""
+    _load_package()
+    from cognexis.training.scheduler.commands import DataOptions, fit
+
+    head = {
+        "kind": kind,
+        "output_kind": output_kind,
+        "features": [name.strip() for name in features.split(",") if name.strip()],
+        "bottleneck_size": bottleneck_size,
+        "max_loops_embedded": max_loops_embedded,
+    }
+    facts = fit(
+        DataOptions(checkpoint, data, max_loops, num_rows, max_length, seed, device),
+        out,
+        report=_report,
+        head=head,
+        target=target,
+        horizon=horizon,
+        gain_threshold=gain_threshold,
+        unlabelled=unlabelled,
+        steps=steps,
+        rows_per_step=rows_per_step,
+        learning_rate=learning_rate,
+    )
+    _print_json(facts) if as_json else _print_fields({k: v for k, v in facts.items() if k != "settings"})
+
+
+@scheduler_app.command("calibrate")
+def scheduler_calibrate(
+    checkpoint: Annotated[Path, typer.Option(help="Folder of a model with a value head; scheduler.json changes.")],
+    data: RowFile,
+    method: Annotated[str, typer.Option(help="isotonic, linear, temperature or none.")] = "isotonic",
+    by_loop: Annotated[bool, typer.Option("--by-loop", help="A map of its own for each loop.")] = False,
+    tolerance: Annotated[float, typer.Option(help="Nats that the loss may lie above that of full depth.")] = 0.01,
+    halt_dependency: Annotated[str, typer.Option(help="token, prefix or row.")] = "prefix",
+    max_loops: Depth = None,
+    num_rows: NumRows = None,
+    max_length: MaxLength = None,
+    seed: Annotated[int, typer.Option(help="Which rows, with --num-rows.")] = 0,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring predicted gains to the scale of measured ones, and choose thresholds."""
+    _load_package()
+    from cognexis.training.scheduler.commands import CalibrationOptions, DataOptions, calibrate
+
+    options = DataOptions(checkpoint, data, max_loops, num_rows, max_length, seed, device)
+    with _progress("calibrating"):
+        content = calibrate(options, CalibrationOptions(method, by_loop, tolerance, halt_dependency))
+    facts = content["value_head"]["calibrated"]
+    _print_json(content) if as_json else _print_fields({"scheduler": content["scheduler"], "calibrated": facts})
+
+
+@scheduler_app.command("report")
+def scheduler_report(
+    checkpoint: Annotated[Path, typer.Option(help="Folder of a model with a calibrated value head.")],
+    data: RowFile,
+    out: Annotated[Path, typer.Option(help="Folder for report.json, report.md and report.png.")],
+    max_loops: Depth = None,
+    num_rows: NumRows = None,
+    max_length: MaxLength = None,
+    seed: Annotated[int, typer.Option(help="Which rows, with --num-rows.")] = 0,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a value head on rows that it has not seen."""
+    _load_package()
+    from cognexis.training.scheduler.commands import DataOptions, report
+    from cognexis.training.scheduler.report import markdown
+
+    options = DataOptions(checkpoint, data, max_loops, num_rows, max_length, seed, device)
+    with _progress("measuring"):
+        content = report(options, out)
+    _print_json(content) if as_json else print(markdown(content), end="")
 
 
 def main() -> None:

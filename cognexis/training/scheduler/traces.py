@@ -84,6 +84,19 @@ class DepthTraces:
         """``[R, T, L - 1]``: what the best later loop gained."""
         return improvement(-self.losses, "best")
 
+    def select(self, places: Sequence[int]) -> "DepthTraces":
+        """The traces of some rows."""
+        index = torch.tensor(places)
+        return DepthTraces(
+            tuple(self.rows[place] for place in places),
+            self.is_real[index],
+            self.has_target[index],
+            self.losses[index],
+            self.scores[index],
+            {name: signal[index] for name, signal in self.signals.items()},
+            None if self.values is None else self.values[index],
+        )
+
     def predictions(self, head: Any) -> Tensor:
         """``values`` under the calibration of ``head``, ``[R, T, L]``; 0 at padding.
 
