@@ -1,8 +1,9 @@
 """The loop over loops: runs a core until every token has stopped, and holds every run to its bounds.
 
-One place decides about hard limits, and no scheduler can write to it. After each loop, in this order: safety, budget,
-the largest number of loops and a state that is not finite stop a token whatever a scheduler says; below the smallest
+One place decides about hard limits, and no scheduler can write to it. After each loop, in this order: a state that is
+not finite, safety, budget and the largest number of loops stop a token whatever a scheduler says; below the smallest
 number of loops nothing else does; then the scheduler's rule, as far as the dependency lets it (see ``token_mask``).
+A pass for whose smallest number of loops a counted budget has no room is not begun.
 
 Decisions stay on the device. The host needs to know whether anything still runs: on a CPU it looks at once, elsewhere
 at a flag that was copied while the previous loop ran, so it never waits for the loop at hand and a run may compute one
@@ -22,8 +23,6 @@ from cognexis.looping.budget import PassBudget
 from cognexis.looping.schedulers.base import LoopDecision, LoopObservation, LoopScheduler, reason_code
 from cognexis.looping.schedulers.guard import apply_bounds
 from cognexis.looping.token_mask import HaltState, may_halt
-
-_HARD = ("safety", "budget", "max_loops", "error")
 
 
 class LoopedCore(Protocol):
@@ -126,10 +125,12 @@ def run_loops(
         Loops and halt reasons of every token.
 
     Raises:
-        BudgetExceededError: time or budget ends before every running token has its smallest number of loops.
+        BudgetExceededError: the budget has no room for the smallest number of loops, or time ends before.
         InvalidConfigError, ShapeMismatchError: the scheduler's answer is no decision about what it was shown.
     """
     state = HaltState.begin(takes_part)
+    if budget is not None:
+        _require_room(budget, state, bounds.min_loops)
     signals = scheduler.signals if scheduler is not None else frozenset[str]()
     is_host = takes_part.device.type == "cpu" or core.waits
     late = None if is_host or budget is not None else LateFlag()
@@ -146,7 +147,7 @@ def run_loops(
         if budget is not None and budget.request.deadline is not None:
             budget.request.time_loop(clock() - start)
             if budget.request.is_late() and loop < bounds.max_loops:
-                _require_minimum(state, bounds.min_loops, "max_wall_time_ms")
+                _require_minimum(state, bounds.min_loops)
                 state.halt(state.active, _code("budget", state.reasons))
         if core.runs_all_loops:
             continue
@@ -158,7 +159,6 @@ def run_loops(
             break
     if budget is not None:
         budget.charge(state.loops)
-        _require_minimum(state, bounds.min_loops, "budget")
     return state
 
 
@@ -194,13 +194,13 @@ def _decide(
     else:
         decision = apply_bounds(observation, scheduler.observe(observation))
     halt, reasons = decision.halt.expand_as(state.active), decision.reasons.expand_as(state.active)
-    is_hard = torch.zeros_like(halt)
-    for name in _HARD:
-        is_hard = is_hard | (reasons == reason_code(name))
+    is_hard = (reasons == reason_code("safety")) | (reasons == reason_code("budget"))
+    if loop >= bounds.max_loops:
+        is_hard = torch.ones_like(halt)
+    state.halt(~core.is_finite(), _code("error", state.reasons))
     state.halt(halt & is_hard, reasons)
     if bounds.limits is not None:
         state.halt(loop >= bounds.limits, _code("max_loops", state.reasons))
-    state.halt(~core.is_finite(), _code("error", state.reasons))
     if scheduler is not None and loop >= bounds.min_loops:
         settled = halt & ~is_hard
         state.halt(settled & may_halt(settled, state.active, dependency), reasons)
@@ -210,9 +210,14 @@ def _code(name: str, like: Tensor) -> Tensor:
     return torch.full_like(like, reason_code(name))
 
 
-def _require_minimum(state: HaltState, min_loops: int, limit: str) -> None:
-    """Refuse a pass whose budget ended below the minimum: it must not yield a token."""
-    takes_part = state.reasons != reason_code("forced")
-    short = takes_part & (state.loops < min_loops) & (state.reasons != reason_code("error"))
-    if bool(short.any()):
-        raise BudgetExceededError(f"{limit}: exhausted before min_loops={min_loops} loops were run")
+def _require_room(budget: PassBudget, state: HaltState, min_loops: int) -> None:
+    """Refuse a pass in which a row cannot run its smallest number of loops."""
+    left = budget.remaining_loops(state.loops, state.active)
+    if left is not None and bool((state.active & (left < min_loops)).any()):
+        raise BudgetExceededError(f"budget: no room left for min_loops={min_loops} more loops of a row")
+
+
+def _require_minimum(state: HaltState, min_loops: int) -> None:
+    """Refuse a pass whose time ended below the minimum: it must not yield a token."""
+    if bool((state.active & (state.loops < min_loops)).any()):
+        raise BudgetExceededError(f"max_wall_time_ms: exhausted before min_loops={min_loops} loops were run")
