@@ -236,7 +236,7 @@ class AdaptiveRun:
         if self._stores_frozen or self.keys.num_loops == 0:
             frozen = [self.core.frozen_keys(self.state, self.h0, self.shared["position_embeddings"])]
         every = self.keys.num_loops
-        self.keys.commit(torch.full_like(loops, every) if self.runs_all_loops else loops, frozen)
+        self.keys.commit(loops, torch.full_like(loops, every) if self.runs_all_loops else loops, frozen)
 
 
 def _picked(values: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:

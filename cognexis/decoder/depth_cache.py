@@ -151,6 +151,9 @@ class DepthLayer(CacheLayerMixin):
     Args:
         policy: which entries are kept.
         sliding_window: keys a query may look back to, itself included; older tokens are dropped. None keeps all.
+
+    Attributes:
+        deepest: ``[B]`` most loops of a token so far, those out of the window included; None while empty.
     """
 
     is_compileable = False
@@ -163,6 +166,7 @@ class DepthLayer(CacheLayerMixin):
         self.is_sliding = sliding_window is not None
         self.record_past = False
         self.cumulative_length = 0
+        self.deepest: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype and device from the first entries."""
@@ -172,6 +176,11 @@ class DepthLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
         """Not used: the loops of a call are collected first, see :class:`DepthKeys`."""
         raise NotImplementedError
+
+    def note_loops(self, loops: Tensor) -> None:
+        """Remember how deep new tokens went; ``loops`` ``[B, T]``."""
+        new = loops.amax(dim=1)
+        self.deepest = new if self.deepest is None else torch.maximum(self.deepest, new)
 
     def activate_past_recording(self) -> None:
         """Keep tokens that leave the window until the next crop."""
@@ -272,6 +281,7 @@ class MixedDepthLayer(DepthLayer):
         """Keep the rows ``indices``."""
         if self.is_initialized:
             indices = indices.to(self.first.device)
+            self.deepest = None if self.deepest is None else self.deepest[indices]
             self._rebuild(self.first[indices], self.depth[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -285,6 +295,7 @@ class MixedDepthLayer(DepthLayer):
         self.keys = self.values = None
         self.is_initialized = False
         self.cumulative_length = 0
+        self.deepest = None
 
 
 class ReferenceDepthLayer(DepthLayer):
@@ -404,23 +415,25 @@ class DepthKeys:
             placed.append(result)
         return placed[0], placed[1]
 
-    def commit(self, depths: Tensor, frozen: list[Pair] | None) -> None:
+    def commit(self, loops: Tensor, depths: Tensor, frozen: list[Pair] | None) -> None:
         """Store the entries of the call's tokens.
 
         Args:
-            depths: ``[B, T]`` own loops.
+            loops: ``[B, T]`` loops that the tokens ran.
+            depths: ``[B, T]`` loops whose entries are their own; more where deeper ones had to be computed.
             frozen: keys and values ``[B, G, T, D]`` made from the final states, one pair per block; None where the
                 policy does not read them.
         """
         for block, layer in enumerate(self.layers or ()):
-            loops = self._loops[block]
-            last = loops[-1] if frozen is None else frozen[block]
+            collected = self._loops[block]
+            last = collected[-1] if frozen is None else frozen[block]
             stacked = []
             for which in (0, 1):
-                entries = torch.stack([*(pair[which] for pair in loops), last[which]], dim=3)
+                entries = torch.stack([*(pair[which] for pair in collected), last[which]], dim=3)
                 entries = entries.permute(0, 2, 3, 1, 4)  # [B, T, L + 1, G, D]
                 if frozen is not None:
                     own = torch.arange(entries.shape[2], device=depths.device) < depths[..., None]
                     entries = torch.where(own[..., None, None], entries, last[which].transpose(1, 2)[:, :, None])
                 stacked.append(entries)
             layer.append(*stacked, depths)
+            layer.note_loops(loops)

@@ -105,6 +105,7 @@ class LoopedGenerationMixin(_GenerationMixin):
         session = None
         if options.mixes_depths or limits.is_limiting:
             session = LoopSession(budget=RequestBudget(limits) if limits.is_limiting else None, mixes_depths=True)
+            session.keeps_record = bool(stats)
             self._check_session(session, options, generation_config, kwargs, prompt)
             kwargs |= {"loop_session": session, "min_loops": options.min_loops}
             if options.is_adaptive:

@@ -132,6 +132,7 @@ def run_mixed(
         flops = core_flops_per_token(body.config, past + h0.shape[1])
         budget = session.budget.begin_pass(h0.shape[0], h0.device, flops, loops.fitting_loops)
     if options.scheduler is not None and (session is None or session.is_first_pass):
+        options.scheduler.keeps_record = record if session is None else session.keeps_record
         name = "forward" if session is None else session.request_id
         options.scheduler.begin_request(
             SchedulerContext(name, options.min_loops, options.num_loops, quality_tier=options.quality_tier)
@@ -144,6 +145,7 @@ def run_mixed(
         LoopBounds(min(options.min_loops, options.num_loops), options.num_loops, limits),
         options.scheduler,
         dependency=options.dependency(h0.shape[1]),
+        settled_after=_depth_of_cached(cache, options),
         budget=budget,
         is_risky=None if session is None else session.is_risky,
         quality_tier=options.quality_tier,
@@ -163,6 +165,14 @@ def run_mixed(
         computed_tokens=run.computed_tokens,
         num_probes=run.num_probes,
     )
+
+
+def _depth_of_cached(cache: Any, options: LoopOptions) -> Tensor | None:
+    """Loops ``[B, 1]`` after which all cached tokens show their final keys, where the dependency asks for that."""
+    if cache is None or not cache.policy.is_exact or options.halt_dependency != "prefix":
+        return None
+    deepest = cache.depth_layers[0].deepest
+    return None if deepest is None else deepest[:, None]
 
 
 def _probe_of(body: Any, masks: dict[str, Any], shared: dict[str, Any], loops: MixedLoops) -> Any:

@@ -207,7 +207,7 @@ class SpeculativeDecoding:
     def _draft(
         self, model: Any, token: Tensor, mask: Tensor, position: Tensor, cache: CognexisCache
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Prelude output and state ``[B, 1, H]`` of ``token`` ``[B]`` after the draft's loops, and logits ``[B, V]``."""
+        """Prelude output and state ``[B, 1, H]`` of ``token`` ``[B]`` after the draft, and logits ``[B, V]``."""
         body = model.model
         embeddings = body.embed(token[:, None], None)
         masks = build_masks(body.config, embeddings, mask, cache, position)

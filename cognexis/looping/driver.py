@@ -103,6 +103,7 @@ def run_loops(
     scheduler: LoopScheduler | None = None,
     *,
     dependency: str = "token",
+    settled_after: Tensor | None = None,
     budget: PassBudget | None = None,
     is_risky: Tensor | None = None,
     quality_tier: str | None = None,
@@ -116,6 +117,8 @@ def run_loops(
         bounds: smallest and largest number of loops.
         scheduler: the soft rule; without one every token runs to its largest number.
         dependency: whose agreement a token needs to stop, see ``token_mask``.
+        settled_after: ``[B, 1]`` loops before which earlier tokens, outside this run, do not show their final state;
+            no rule stops a token of the row before.
         budget: limits of the request, charged with what was run.
         is_risky: bool ``[B, 1]``, rows that must stop now.
         quality_tier: handed to the scheduler.
@@ -143,7 +146,20 @@ def run_loops(
         measured = core.measure(signals, loop)
         if trace is not None:
             trace.note(ran, measured)
-        _decide(state, ran, loop, core, measured, bounds, scheduler, dependency, budget, is_risky, quality_tier)
+        _decide(
+            state,
+            ran,
+            loop,
+            core,
+            measured,
+            bounds,
+            scheduler,
+            dependency,
+            settled_after,
+            budget,
+            is_risky,
+            quality_tier,
+        )
         if budget is not None and budget.request.deadline is not None:
             budget.request.time_loop(clock() - start)
             if budget.request.is_late() and loop < bounds.max_loops:
@@ -171,6 +187,7 @@ def _decide(
     bounds: LoopBounds,
     scheduler: LoopScheduler | None,
     dependency: str,
+    settled_after: Tensor | None,
     budget: PassBudget | None,
     is_risky: Tensor | None,
     quality_tier: str | None,
@@ -203,6 +220,8 @@ def _decide(
         state.halt(loop >= bounds.limits, _code("max_loops", state.reasons))
     if scheduler is not None and loop >= bounds.min_loops:
         settled = halt & ~is_hard
+        if settled_after is not None:
+            settled = settled & (loop >= settled_after)
         state.halt(settled & may_halt(settled, state.active, dependency), reasons)
 
 

@@ -24,6 +24,7 @@ class LoopSession:
         is_risky: bool ``[B, 1]``, rows that a safety rule stops; None without such a rule.
         num_passes: forwards that were begun.
         mixes_depths: whether tokens may run different numbers of loops.
+        keeps_record: whether the scheduler's summary of the request is wanted.
         sequences: ``[B, tokens]`` before the pass at hand, once new tokens exist; None before.
         spent: bool ``[B]``, rows that ended for lack of budget; None while none has.
     """
@@ -34,6 +35,7 @@ class LoopSession:
     is_risky: Tensor | None = None
     num_passes: int = 0
     mixes_depths: bool = False
+    keeps_record: bool = False
     sequences: Tensor | None = None
     spent: Tensor | None = None
     _cache: Any = field(default=None, repr=False)
@@ -59,19 +61,26 @@ class LoopSession:
             self.sequences = input_ids
 
     def loops_that_fit(self, config: Any, cache: Any, rows: int, new_tokens: int, itemsize: int) -> int | None:
-        """Most loops for which the keys of ``new_tokens`` more tokens in ``rows`` rows fit into the cache's limit."""
+        """Most loops for which the keys of ``new_tokens`` more tokens in ``rows`` rows fit into the cache's limit.
+
+        None without a limit; with several core blocks every token keeps all loops of the cache, which fit or do not.
+        """
         limit = None if self.budget is None else self.budget.limits.max_cache_memory_bytes
         if limit is None or cache is None:
             return None
         without_loops = token_bytes(config, 0, itemsize)
         left = limit - cache.memory_bytes() - rows * new_tokens * without_loops
-        return max(0, left // (rows * new_tokens * (token_bytes(config, 1, itemsize) - without_loops)))
+        loops = max(0, left // (rows * new_tokens * (token_bytes(config, 1, itemsize) - without_loops)))
+        if config.num_recurrent_blocks == 1:
+            return loops
+        return None if cache.num_loops is None else cache.num_loops * (loops + 1 >= cache.num_loops)
 
     def is_spent(self, config: Any, min_loops: int, num_tokens: int) -> Tensor | None:
         """Bool ``[B]``: rows whose next token, number ``num_tokens`` + 1, cannot run ``min_loops`` loops."""
         if (budget := self.budget) is None:
             return None
-        spent = ~budget.affords(min_loops, core_flops_per_token(config, num_tokens))
+        flops = core_flops_per_token(config, num_tokens)
+        spent = ~budget.affords(min_loops, flops if self._cache is not None else num_tokens * flops)
         keys = None if self._cache is None else self._cache.layers[0].keys
         if keys is not None:
             fitting = self.loops_that_fit(config, self._cache, len(spent), 1, keys.element_size())

@@ -6,9 +6,13 @@ A token that stopped never starts again; its state stays as it is and stays visi
 alone is deceived by a token whose evidence has not arrived yet, which looks settled. Three dependencies say whose
 agreement a token needs before a rule may stop it:
 
-    token     nobody's: sound when all earlier tokens are final, as in decoding one token at a time
+    token     nobody's: sound where a token reads finished states of all earlier ones
     prefix    every token before it is settled too, or has stopped: sound in a causal model, for any length
     row       every token of its row: sound, but later tokens decide about earlier ones, so it is not causal
+
+With the exact cache, loop t of a new token reads what earlier tokens were after t loops, so "token" can be deceived
+in decoding too; under "prefix" a new token runs at least as many loops as the deepest token before it, whether that
+one belongs to the same call or to an earlier one, and cutting a sequence into calls changes no decision.
 
 Letters: B rows, T tokens.
 """

@@ -217,6 +217,8 @@ class LoopScheduler(abc.ABC):
     """
 
     name: ClassVar[str]
+    keeps_record: bool = True
+    """Whether :meth:`finish` shall describe the request; the driver saves the work where nobody asked."""
     _trace: RequestTrace | None = None
 
     @property
@@ -254,6 +256,9 @@ class LoopScheduler(abc.ABC):
 
     def record(self, observation: LoopObservation, decision: LoopDecision) -> LoopDecision:
         """Add a decision and the means of ``signals`` to the trace; returns the decision."""
+        if not self.keeps_record:
+            self.trace.note_loops(observation.loops)
+            return decision
         values = {name: getattr(observation, name) for name in sorted(self.signals)}
         self.trace.add(observation.loops, decision.halt, decision.reasons, values, observation.is_active)
         return decision

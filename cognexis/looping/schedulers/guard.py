@@ -15,13 +15,14 @@ value_gain, max_loops (a fixed depth that is reached) and forced; any other beco
 Source: contract D-04, SCH-04, SCH-14.
 """
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cognexis.errors import InvalidConfigError, ShapeMismatchError
-from cognexis.looping.schedulers.base import NO_REASON, LoopDecision, LoopObservation, reason_code
+from cognexis.looping.schedulers.base import HALT_REASONS, NO_REASON, LoopDecision, LoopObservation, reason_code
 
 _MIN_LOOPS_NOT_MET = reason_code("min_loops_not_met")
 _MAX_LOOPS = reason_code("max_loops")
@@ -78,10 +79,14 @@ def _used_up(observation: LoopObservation, like: Tensor) -> Tensor | None:
 
 def _legal(reasons: Tensor) -> Tensor:
     """Reasons that a scheduler may give; others become forced."""
-    is_soft = reasons == _SOFT_REASONS[0]
-    for code in _SOFT_REASONS[1:]:
-        is_soft = is_soft | (reasons == code)
-    return torch.where(is_soft, reasons, _FORCED)
+    return _legal_table(reasons.device)[reasons.long().clamp(0, len(HALT_REASONS))]
+
+
+@functools.cache
+def _legal_table(device: torch.device) -> Tensor:
+    """For every reason code the one that stands for it."""
+    codes = [code if code in _SOFT_REASONS else _FORCED for code in range(len(HALT_REASONS) + 1)]
+    return torch.tensor(codes, dtype=torch.int8, device=device)
 
 
 def _of_slots(name: str, values: Any, observation: LoopObservation) -> Tensor:

@@ -37,6 +37,12 @@ class RequestTrace:
         """Say whether an observation after ``loops`` loops is the first of a pass."""
         return self._last_loops is None or loops <= self._last_loops
 
+    def note_loops(self, loops: int) -> None:
+        """Note no more than that a decision was made after ``loops`` loops."""
+        if self.starts_pass(loops):
+            self._end_pass()
+        self._last_loops = loops
+
     def add(
         self,
         loops: int,
