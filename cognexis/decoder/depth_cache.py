@@ -203,6 +203,36 @@ class DepthLayer(CacheLayerMixin):
         window = self.sliding_window
         return self.cumulative_length if window is None else min(self.cumulative_length, window - 1)
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row i continue what row ``beam_idx[i]`` holds."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times, copies next to each other."""
+        if self.is_initialized:
+            rows = torch.arange(self._num_rows(), device=self.device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``."""
+        if self.is_initialized:
+            indices = indices.to(self.device)
+            self.deepest = None if self.deepest is None else self.deepest[indices]
+            self._select(indices)
+
+    def _num_rows(self) -> int:
+        raise NotImplementedError
+
+    def _select(self, rows: Tensor) -> None:
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.cumulative_length = 0
+        self.deepest = None
+
 
 class MixedDepthLayer(DepthLayer):
     """The entries of all tokens in one pool, without gaps.
@@ -273,29 +303,11 @@ class MixedDepthLayer(DepthLayer):
         if self.is_sliding:
             self._keep_visible()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row i continue what row ``beam_idx[i]`` holds."""
-        self.batch_select_indices(beam_idx)
+    def _num_rows(self) -> int:
+        return self.first.shape[0]
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices``."""
-        if self.is_initialized:
-            indices = indices.to(self.first.device)
-            self.deepest = None if self.deepest is None else self.deepest[indices]
-            self._rebuild(self.first[indices], self.depth[indices])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row ``repeats`` times, copies next to each other."""
-        if self.is_initialized:
-            rows = torch.arange(self.first.shape[0], device=self.first.device).repeat_interleave(repeats)
-            self.batch_select_indices(rows)
-
-    def reset(self) -> None:
-        """Forget all tokens."""
-        self.keys = self.values = None
-        self.is_initialized = False
-        self.cumulative_length = 0
-        self.deepest = None
+    def _select(self, rows: Tensor) -> None:
+        self._rebuild(self.first[rows], self.depth[rows])
 
 
 class ReferenceDepthLayer(DepthLayer):
@@ -325,6 +337,20 @@ class ReferenceDepthLayer(DepthLayer):
         pair = (x[:, -visible:, slot].transpose(1, 2) for x in (self.keys, self.values))
         keys, values = (x if rows is None else x[rows] for x in pair)
         return keys, values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest ``-tokens_to_remove`` tokens."""
+        assert self.keys is not None and self.values is not None
+        self.cumulative_length += tokens_to_remove
+        self.keys, self.values = self.keys[:, : self.cumulative_length], self.values[:, : self.cumulative_length]
+
+    def _num_rows(self) -> int:
+        assert self.keys is not None
+        return self.keys.shape[0]
+
+    def _select(self, rows: Tensor) -> None:
+        assert self.keys is not None and self.values is not None
+        self.keys, self.values = self.keys[rows], self.values[rows]
 
 
 def _deepened(entries: Tensor, size: int) -> Tensor:
