@@ -26,9 +26,11 @@ if not sys.argv or PurePath(sys.argv[0]).stem not in ("-m", "cognexis"):
         CognexisPreTrainedModel,
         CognexisTokenizer,
         DepthScore,
+        LoopScheduler,
         StepEvent,
         StepEventStreamer,
         TrainingRecord,
+        register_scheduler,
     )
 
 __all__ = [
@@ -45,7 +47,9 @@ __all__ = [
     "CognexisPreTrainedModel",
     "CognexisTokenizer",
     "DepthScore",
+    "LoopScheduler",
     "StepEvent",
     "StepEventStreamer",
     "TrainingRecord",
+    "register_scheduler",
 ]

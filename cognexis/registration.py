@@ -23,6 +23,8 @@ from cognexis.decoder.streaming import StepEvent, StepEventStreamer
 from cognexis.hub.build import build_id
 from cognexis.hub.bundle import write_bundle, write_tokenizer_code
 from cognexis.hub.saved_records import write_saved_records
+from cognexis.looping.schedulers.base import LoopScheduler
+from cognexis.looping.schedulers.registry import register_scheduler
 from cognexis.modeling_cognexis import (
     CognexisForCausalLM,
     CognexisForQuestionAnswering,
@@ -62,7 +64,9 @@ __all__ = [
     "CognexisPreTrainedModel",
     "CognexisTokenizer",
     "DepthScore",
+    "LoopScheduler",
     "StepEvent",
     "StepEventStreamer",
     "TrainingRecord",
+    "register_scheduler",
 ]

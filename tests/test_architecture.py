@@ -41,7 +41,7 @@ MAY_IMPORT = {
     **{part: {*_TO_MODEL, *_BESIDE_MODEL} for part in _RING},
     "cli": {*_TO_MODEL, *_BESIDE_MODEL, *_RING, "registration"},
     "__main__": {"cli"},
-    "registration": {"errors", "configuration_cognexis", "decoder", "modeling_cognexis", "hub"}
+    "registration": {"errors", "configuration_cognexis", "looping", "decoder", "modeling_cognexis", "hub"}
     | {"tokenization_cognexis", "checkpoints"},
     "__init__": {"registration"},
 }
