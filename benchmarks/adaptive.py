@@ -156,7 +156,7 @@ def masked_run(model: CognexisForCausalLM, ids: Tensor, halting: Halting) -> tup
     stage_arguments: dict[str, Any] = {}
     state, log_before = torch.empty(0), None
     active = torch.ones_like(ids, dtype=torch.bool)
-    loops = torch.zeros_like(ids)
+    loops, times = torch.zeros_like(ids), torch.zeros_like(ids)
 
     def begin(module: Any, args: Any, kwargs: dict[str, Any], h0: Tensor) -> None:
         nonlocal state
@@ -164,7 +164,7 @@ def masked_run(model: CognexisForCausalLM, ids: Tensor, halting: Halting) -> tup
         state = h0
 
     def freeze(module: Any, args: Any, update: Tensor) -> Tensor:
-        nonlocal state, log_before, active, loops
+        nonlocal state, log_before, active, loops, times
         before, state = state, torch.where(active[..., None], update, state)
         loops = loops + active
         if halting.rule.signal == "KL":
@@ -176,7 +176,8 @@ def masked_run(model: CognexisForCausalLM, ids: Tensor, halting: Halting) -> tup
             log_before = now
         else:
             value = (state - before).norm(dim=-1) / (before.norm(dim=-1) + 1e-6)
-        settled = value < halting.rule.threshold
+        times = torch.where(value < halting.rule.threshold, times + 1, 0)
+        settled = times >= halting.rule.patience
         agrees = settled | ~active
         may_stop = {"token": settled, "prefix": agrees.cumprod(1).bool(), "row": agrees.all(1, keepdim=True)}
         active = active & ~may_stop[halting.dependency]

@@ -376,6 +376,11 @@ class LoopedGenerationMixin(_GenerationMixin):
                 )
         super()._validate_generation_mode(generation_mode, generation_config, mode_kwargs)
 
+    def _extract_generation_mode_kwargs(self, custom_generate: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers, which gives callables neither the streamer nor the tokenizer; ours wants both."""
+        is_ours = isinstance(custom_generate, SpeculativeDecoding)
+        return super()._extract_generation_mode_kwargs(None if is_ours else custom_generate, *args, **kwargs)
+
     def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
         for criterion in criteria:
