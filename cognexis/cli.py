@@ -343,7 +343,7 @@ def scheduler_calibrate(
     method: Annotated[str, typer.Option(help="isotonic, linear, temperature or none.")] = "isotonic",
     by_loop: Annotated[bool, typer.Option("--by-loop", help="A map of its own for each loop.")] = False,
     tolerance: Annotated[float, typer.Option(help="Nats that the loss may lie above that of full depth.")] = 0.01,
-    halt_dependency: Annotated[str, typer.Option(help="token, prefix or row.")] = "prefix",
+    halt_dependency: Annotated[str, typer.Option(help="Whose agreement a token needs: row, prefix, token.")] = "row",
     max_loops: Depth = None,
     num_rows: NumRows = None,
     max_length: MaxLength = None,

@@ -32,6 +32,7 @@ from cognexis.training.scheduler.frontier import (
     policies_of,
     regret,
 )
+from cognexis.training.scheduler.runs import run_frontier, run_outcome
 from cognexis.training.scheduler.traces import DepthTraces
 
 _STAIRS = 20
@@ -111,12 +112,18 @@ def _staircase(signal: Tensor, gains: Tensor) -> Tensor:
 
 
 def frontiers(
-    traces: DepthTraces, head: Any, *, dependency: str, min_loops: int = 1
+    model: Any, traces: DepthTraces, head: Any, *, dependency: str, min_loops: int = 1
 ) -> dict[str, list[dict[str, float]]]:
-    """Frontier of every policy by name, ``constant`` and ``oracle`` among them."""
+    """Frontier of every policy by name, ``constant`` and ``oracle`` among them.
+
+    Where whole rows halt the frontier is simulated, which is exact; else the model runs with each scheduler.
+    """
     found = {"constant": constant_frontier(traces)}
     for name, policy in policies_of(traces, head).items():
-        found[name] = frontier(traces, policy, dependency=dependency, min_loops=min_loops)
+        if dependency == "row":
+            found[name] = frontier(traces, policy, dependency=dependency, min_loops=min_loops)
+        else:
+            found[name] = run_frontier(model, traces, policy, dependency=dependency, min_loops=min_loops)
     return found | {"oracle": oracle_frontier(traces)}
 
 
@@ -127,6 +134,7 @@ def chosen_points(found: dict[str, list[dict[str, float]]], tolerance: float) ->
 
 
 def operating_points(
+    model: Any,
     traces: DepthTraces,
     head: Any,
     thresholds: dict[str, float | None],
@@ -135,7 +143,7 @@ def operating_points(
     dependency: str,
     min_loops: int = 1,
 ) -> list[dict[str, Any]]:
-    """What thresholds that were chosen on other rows do here, with their distance to the oracle.
+    """What thresholds that were chosen on other rows do here, in real runs, with their distance to the oracle.
 
     Args:
         thresholds: by policy; that of ``constant`` is a depth. None: no threshold was good enough there.
@@ -144,19 +152,19 @@ def operating_points(
     constants = {point["threshold"]: point for point in constant_frontier(traces)}
     rows: list[dict[str, Any]] = [{"policy": "full depth", **constants[traces.num_loops]}]
     for name, threshold in thresholds.items():
-        if threshold is None:
-            continue
-        if name == "constant":
-            point = constants.get(threshold)
-        elif name in policies:
-            chosen = frontier(
-                traces, policies[name], dependency=dependency, min_loops=min_loops, thresholds=[threshold]
+        if name == "constant" and threshold in constants:
+            rows.append({"policy": name, **constants[threshold]})
+        elif name in policies and threshold is not None:
+            scheduler = policies[name].scheduler(threshold)
+            found = run_outcome(
+                model,
+                traces.rows,
+                scheduler,
+                num_loops=traces.num_loops,
+                dependency=dependency,
+                min_loops=min_loops,
             )
-            point = chosen[0]
-        else:
-            point = None
-        if point is not None:
-            rows.append({"policy": name, **point})
+            rows.append({"policy": name, "threshold": threshold, **found})
     return [row | regret(row, oracle) for row in rows]
 
 
@@ -166,14 +174,13 @@ def thresholds_by_loop(traces: DepthTraces, head: Any, tolerance: float) -> list
 
 
 def thresholds_by_task(
-    traces: DepthTraces, head: Any, tolerance: float, *, dependency: str, min_loops: int = 1
+    model: Any, traces: DepthTraces, head: Any, tolerance: float, *, dependency: str, min_loops: int = 1
 ) -> dict[str, float | None]:
     """The head's threshold for the rows of each task; empty when no row names one."""
     chosen: dict[str, float | None] = {}
     for task in sorted({row.task for row in traces.rows if row.task is not None}):
         part = traces.select([index for index, row in enumerate(traces.rows) if row.task == task])
-        full = constant_frontier(part)[-1]["loss"]
-        policy = policies_of(part, head)["value_head"]
-        point = cheapest_point(frontier(part, policy, dependency=dependency, min_loops=min_loops), full + tolerance)
+        found = frontiers(model, part, head, dependency=dependency, min_loops=min_loops)
+        point = chosen_points(found, tolerance)["value_head"]
         chosen[task] = None if point is None else point["threshold"]
     return chosen

@@ -192,13 +192,13 @@ class CalibrationOptions:
         method: "isotonic", "linear", "temperature", or "none".
         is_by_loop: one map for each loop.
         tolerance: nats that the loss may lie above that of full depth.
-        halt_dependency: whose agreement a token needs, in the simulation that chooses thresholds.
+        halt_dependency: whose agreement a token needs; thresholds are chosen for that way of running.
     """
 
     method: str = "isotonic"
     is_by_loop: bool = False
     tolerance: float = 0.01
-    halt_dependency: str = "prefix"
+    halt_dependency: str = "row"
 
     def __post_init__(self) -> None:
         if not 0 <= self.tolerance < float("inf"):
@@ -229,7 +229,7 @@ def calibrate(options: DataOptions, how: CalibrationOptions) -> dict[str, Any]:
         calibration = fit_calibration(how.method, values, gains, is_logit=is_logit, is_by_loop=how.is_by_loop)
     head.set_calibration(calibration)
     min_loops = session.model.config.min_loops
-    found = frontiers(traces, head, dependency=how.halt_dependency, min_loops=min_loops)
+    found = frontiers(session.model, traces, head, dependency=how.halt_dependency, min_loops=min_loops)
     points = chosen_points(found, how.tolerance)
     overhead = session.overhead(rows[0])
     decision = _decision(traces, head, points, overhead)
@@ -247,7 +247,7 @@ def calibrate(options: DataOptions, how: CalibrationOptions) -> dict[str, Any]:
         "chosen": points,
         "loop_thresholds": thresholds_by_loop(traces, head, how.tolerance),
         "task_thresholds": thresholds_by_task(
-            traces, head, how.tolerance, dependency=how.halt_dependency, min_loops=min_loops
+            session.model, traces, head, how.tolerance, dependency=how.halt_dependency, min_loops=min_loops
         ),
         "mae": [before["mae"], after["mae"]],
         "calibration_error": [before["calibration_error"], after["calibration_error"]],
@@ -290,14 +290,19 @@ def report(options: DataOptions, out: Path) -> dict[str, Any]:
     head.set_calibration(None)
     uncalibrated = prediction_figures(predicted_gains(traces, head), gains, threshold, worth)
     head.set_calibration(session.scheduler["calibration"])
-    curves, operating = {}, {}
-    for dependency in dict.fromkeys((calibrated["halt_dependency"], *HALT_DEPENDENCIES)):
-        curves[dependency] = frontiers(traces, head, dependency=dependency, min_loops=min_loops)
-        operating[dependency] = operating_points(
-            traces, head, thresholds, curves[dependency]["oracle"], dependency=dependency, min_loops=min_loops
+    own = calibrated["halt_dependency"]
+    curves = {
+        name: frontiers(session.model, traces, head, dependency=name, min_loops=min_loops)
+        for name in dict.fromkeys((own, "row"))
+    }
+    operating = {
+        name: operating_points(
+            session.model, traces, head, thresholds, curves[own]["oracle"], dependency=name, min_loops=min_loops
         )
+        for name in dict.fromkeys((own, *HALT_DEPENDENCIES))
+    }
     overhead = session.overhead(rows)
-    here = {row["policy"]: row for row in operating[calibrated["halt_dependency"]]}
+    here = {row["policy"]: row for row in operating[own]}
     content = {
         "schema_version": REPORT_VERSION,
         "facts": {

@@ -2,9 +2,9 @@
 
 A policy halts a token after loop i where its signal is below (or above) a threshold, not before ``min_loops`` and at
 the last loop in any case; the dependency says whose agreement it needs (see ``cognexis.looping.token_mask``). The
-token's answer is then that of loop i. This is what a run with these decisions would give if the states of halted
-tokens went on looping; in a real run they stay as they are, which changes what later tokens read. Sweeping the
-threshold gives a frontier of points
+token's answer is then that of loop i. This is what a run gives where whole rows halt (``row``), and what a run with
+the same decisions would give if the states of halted tokens went on looping (``token``, ``prefix``); see ``runs`` for
+what these really give. Sweeping the threshold gives a frontier of points
 
     (mean loops over real tokens, mean loss and accuracy over tokens with a target).
 

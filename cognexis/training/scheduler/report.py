@@ -57,14 +57,13 @@ def markdown(report: dict[str, Any]) -> str:
             [("MAE", *(_shown(value) for value in head["mae_by_loop"]))],
         ),
         "## Quality against loops",
-        "Thresholds were chosen where the head was calibrated, within "
-        f"{facts['tolerance']} nats of full depth; regret is the distance to an oracle that knows every loss.",
-        table(
-            ("policy", "threshold", "mean loops", "loss", "accuracy", "loops regret", "loss regret"),
-            [
-                (row["policy"], *(_shown(row[key]) for key in _POINT_KEYS))
-                for row in report["operating_points"][facts["halt_dependency"]]
-            ],
+        f"Thresholds were chosen where the head was calibrated, for halting by {facts['halt_dependency']} and within "
+        f"{facts['tolerance']} nats of full depth, and run here; regret is the distance to an oracle that knows "
+        "every loss and whose halted tokens loop on.",
+        *(
+            text
+            for dependency, rows in report["operating_points"].items()
+            for text in (f"Halting by {dependency}:", _points_table(rows))
         ),
         "## Cost",
         f"On {overhead['num_rows']} rows of {overhead['length']} tokens ({overhead['device']}), one loop of the core "
@@ -76,6 +75,11 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 _POINT_KEYS = ("threshold", "mean_loops", "loss", "accuracy", "loops_regret", "loss_regret")
+
+
+def _points_table(rows: Sequence[dict[str, Any]]) -> str:
+    header = ("policy", "threshold", "mean loops", "loss", "accuracy", "loops regret", "loss regret")
+    return table(header, [(row["policy"], *(_shown(row[key]) for key in _POINT_KEYS)) for row in rows])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

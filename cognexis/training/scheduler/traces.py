@@ -127,7 +127,7 @@ def collect_traces(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
     longest = max(len(row.input_ids) for row in rows)
     parts: list[dict[str, Tensor]] = []
-    for indices in _groups(order, rows, model.config.vocab_size, batch_size):
+    for indices in row_groups(order, rows, model.config.vocab_size, batch_size):
         part = _trace_batch(model, [rows[i] for i in indices], num_loops, head)
         parts.append({key: _padded(tensor, longest) for key, tensor in part.items()})
     place = torch.tensor(order).argsort()
@@ -146,8 +146,8 @@ def check_depth(model: Any, num_loops: int) -> None:
         )
 
 
-def _groups(order: list[int], rows: Sequence[DataRow], vocab_size: int, batch_size: int) -> Iterator[list[int]]:
-    """Rows of similar length in batches of bounded size; ``order`` goes from short to long."""
+def row_groups(order: list[int], rows: Sequence[DataRow], vocab_size: int, batch_size: int) -> Iterator[list[int]]:
+    """Rows of similar length in batches of bounded size; ``order`` holds their places from short to long."""
     group: list[int] = []
     for index in order:
         length = len(rows[index].input_ids)

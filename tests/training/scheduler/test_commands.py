@@ -26,8 +26,8 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("scheduler")
     model = tiny_model(tiny_config(vocab_size=12, num_prelude_blocks=1))
     model.save_pretrained(place / "plain")
-    for name, seed in (("rows", 0), ("others", 1)):
-        ids = torch.randint(0, 12, (120, 10), generator=torch.Generator().manual_seed(seed))
+    for name, seed, count in (("rows", 0, 120), ("others", 1, 16)):
+        ids = torch.randint(0, 12, (count, 10), generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
             labels = model(ids, num_loops=L).logits.argmax(-1)
         pairs = zip(ids.tolist(), labels.tolist(), strict=True)
@@ -96,8 +96,9 @@ def test_collected_traces_name_checkpoint_data_and_seed(folder, tmp_path):
     assert all(line["score"] == 1.0 for line in last)  # the labels are the answers at full depth
 
 
-def test_calibration_and_report_follow_from_the_fit(fitted, folder, tmp_path):
+def test_calibration_and_report_follow_from_the_fit(fitted, folder, tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
+    monkeypatch.setattr("cognexis.training.scheduler.runs.NUM_THRESHOLDS", 3)
     content = calibrate(fitted, CalibrationOptions(tolerance=0.2, halt_dependency="token"))
     assert content == read_scheduler(fitted.checkpoint) and content["calibration"]["method"] == "isotonic"
     facts = content["value_head"]["calibrated"]
@@ -113,14 +114,14 @@ def test_calibration_and_report_follow_from_the_fit(fitted, folder, tmp_path):
     assert found == json.loads((tmp_path / "report" / "report.json").read_text())
     text = (tmp_path / "report" / "report.md").read_text()
     assert all(word in text for word in ("| value_head |", "| constant |", "| relative_delta |", "loops regret"))
-    assert set(found["frontiers"]) == {"token", "prefix", "row"}
+    assert set(found["frontiers"]) == {"token", "row"} and set(found["operating_points"]) == {"token", "prefix", "row"}
     assert set(found["frontiers"]["row"]) == {
         *("constant", "relative_delta", "confidence", "prediction_change", "value_head", "oracle"),
     }
     for row in found["operating_points"]["token"]:
         assert row["loops_regret"] is None or row["loops_regret"] > -1e-6
     other = report(DataOptions(fitted.checkpoint, folder / "others.jsonl", device="cpu"), tmp_path / "b")
-    assert other["facts"]["num_rows"] == 120 and other["facts"]["rows"].startswith("all rows of another file")
+    assert other["facts"]["num_rows"] == 16 and other["facts"]["rows"].startswith("all rows of another file")
 
 
 def test_report_draws_a_picture(fitted, tmp_path):
@@ -138,7 +139,7 @@ def test_head_that_costs_more_than_it_saves_is_not_the_scheduler(fitted, monkeyp
         return predict(self, *args, **kwargs)
 
     monkeypatch.setattr(ValueHead, "predict", predict_slowly)
-    content = calibrate(fitted, CalibrationOptions(method="none", tolerance=0.3, halt_dependency="token"))
+    content = calibrate(fitted, CalibrationOptions(method="none", tolerance=0.3))
     facts = content["value_head"]["calibrated"]
     assert facts["falls_back"] and "falls back to rule_based" in facts["decision"]
     assert content["scheduler"]["type"] == "rule_based"
