@@ -122,12 +122,12 @@ class AdaptiveRun:
             self.states.append(self.state)
 
     def _choose(self, active: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Rows ``[R]`` and their tokens ``[R, A]`` to compute; None when that is everything."""
+        """Rows ``[R]`` and their tokens ``[R, A]`` to compute; None when that is everything, or nothing (padding)."""
         counts = active.sum(dim=1)
         rows = counts.nonzero()[:, 0]
         length = active.shape[1]
         most = int(counts.max()) if self._picks_tokens else length
-        if len(rows) == active.shape[0] and most == length:
+        if len(rows) == 0 or (len(rows) == active.shape[0] and most == length):
             return None
         if most == length:
             return rows, torch.arange(length, device=rows.device).expand(len(rows), length)
@@ -159,7 +159,6 @@ class AdaptiveRun:
         if most == 0:
             return
         tokens = (~stopped).long().argsort(dim=1, stable=True)[:, :most]
-        tokens = torch.where(stopped.gather(1, tokens), tokens, tokens[:, :1])
         has_some = stopped.any(dim=1)
         rows, tokens = rows[has_some], tokens[has_some]
         at = (rows[:, None], tokens)

@@ -44,8 +44,8 @@ def depth_policy(options: LoopOptions, cache: Any, session: LoopSession | None) 
     """How keys are kept where tokens may run different numbers of loops; None where all run the same number."""
     if options.mixes_depths or (session is not None and session.mixes_depths):
         return options.cache_policy
-    held = getattr(cache, "policy", None)
-    return held.name if held is not None and int(cache.get_seq_length()) > 0 else None
+    is_mixed = getattr(cache, "policy", None) is not None and int(cache.get_seq_length()) > 0
+    return options.cache_policy if is_mixed else None
 
 
 def check_mixed(body: Any, options: LoopOptions, batch_size: int, length: int) -> None:

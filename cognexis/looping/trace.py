@@ -81,7 +81,7 @@ class LoopDiagnostics:
             diagnostics.signals = {name: torch.stack(means) for name, means in core.trace.signals.items()}
         if options.scheduler is not None:
             diagnostics.scheduler = options.scheduler.to_dict()
-            diagnostics.halt_dependency = options.halt_dependency
+            diagnostics.halt_dependency = options.dependency(core.hidden_states.shape[1])
         return diagnostics
 
 
