@@ -324,15 +324,10 @@ def test_row_rules_let_later_tokens_decide_about_earlier_ones(shared: Any, mode:
     assert not torch.allclose(a.logits[before], b.logits[before])
 
 
-@pytest.mark.parametrize("name", ["linear_injection", "sliding_window"])
-@pytest.mark.parametrize("rule", ["state", "prediction"])
 @torch.no_grad()
-def test_prefix_halting_in_chunks_is_that_of_the_whole_text(name: str, rule: str) -> None:
-    model = looped(**CONFIGURATIONS[name])
-    ids, mask, _ = text(model)
-    whole = adaptive(model, ids, mask, "adaptive_token", "prefix", scheduler=RULES[rule])
-    cache, start, counts, logits = CognexisCache(model.config), 0, [], []
-    cache.activate_past_recording()  # more than the window is stored, and must not be seen
+def adaptive_in_chunks(model: Any, ids: Tensor, mask: Tensor, rule: str, cache: Any) -> tuple[Tensor, Tensor]:
+    """Loops and logits of a text fed to a cache in chunks, under the prefix rule."""
+    start, counts, logits = 0, [], []
     for size in CHUNKS:
         end = start + size
         settings = {"past_key_values": cache, "scheduler": RULES[rule]}
@@ -340,8 +335,29 @@ def test_prefix_halting_in_chunks_is_that_of_the_whole_text(name: str, rule: str
         counts.append(output.loop_counts)
         logits.append(output.logits)
         start = end
-    assert torch.equal(torch.cat(counts, dim=1), whole.loop_counts)
-    assert_same(torch.cat(logits, dim=1)[mask.bool()], whole.logits[mask.bool()], LOOPS)
+    return torch.cat(counts, dim=1), torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("name", ["linear_injection", "sliding_window"])
+def test_prefix_halting_in_chunks_is_that_of_the_whole_text(name: str) -> None:
+    model = looped(**CONFIGURATIONS[name])
+    ids, mask, _ = text(model)
+    whole = adaptive(model, ids, mask, "adaptive_token", "prefix", scheduler=RULES["state"])
+    counts, logits = adaptive_in_chunks(model, ids, mask, "state", CognexisCache(model.config))
+    assert torch.equal(counts, whole.loop_counts)
+    assert_same(logits[mask.bool()], whole.logits[mask.bool()], LOOPS)
+
+
+def test_keys_that_are_kept_beyond_the_window_are_not_seen() -> None:
+    """The rule looks at predictions, so coda and head run on intermediate states against the cache."""
+    model = looped(**CONFIGURATIONS["sliding_window"])
+    ids, mask, _ = text(model)
+    plain, recording = CognexisCache(model.config), CognexisCache(model.config, mixed_depth=True)
+    recording.activate_past_recording()
+    results = [adaptive_in_chunks(model, ids, mask, "prediction", cache) for cache in (plain, recording)]
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1][mask.bool()], results[1][1][mask.bool()])
+    assert recording.memory_bytes() > plain.memory_bytes()
 
 
 def test_a_halted_token_stays_visible(shared: Any) -> None:
