@@ -315,6 +315,7 @@ def report(options: DataOptions, out: Path) -> dict[str, Any]:
             "num_loops": session.num_loops,
             "calibration": (session.scheduler["calibration"] or {}).get("method"),
             "threshold": thresholds["value_head"],
+            "gain_threshold": worth,
             **{key: calibrated[key] for key in ("tolerance", "halt_dependency")},
         },
         "predictors": compare_predictors(traces, predictions, gains, worth),

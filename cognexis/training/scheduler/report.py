@@ -40,13 +40,11 @@ def markdown(report: dict[str, Any]) -> str:
         f"{facts['num_loops']}, halting by {facts['halt_dependency']}.",
         "## Predicted gain against measured gain",
         table(
-            ("predictor", "MAE", "rank correlation", "AUROC"),
-            [
-                (name, *(_shown(row[key]) for key in ("mae", "rank_correlation", "auroc")))
-                for name, row in report["predictors"].items()
-            ],
+            ("predictor", "MAE", "rank correlation", "of all gains", "AUROC"),
+            [(name, *(_shown(row[key]) for key in _RANKING_KEYS)) for name, row in report["predictors"].items()],
         ),
-        "The constant and the rules' signals are fitted on these very rows, which favours them.",
+        "The constant and the rules' signals are fitted on these very rows, which favours them. The rank correlation "
+        f"and the AUROC take gains of at most {_shown(facts['gain_threshold'])} nats as none.",
         "## Calibration",
         f"Method {facts['calibration'] or 'none'}; calibration error {_shown(head['calibration_error'])} "
         f"(without it {_shown(report['uncalibrated']['calibration_error'])}), MAE {_shown(head['mae'])} "
@@ -74,6 +72,7 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+_RANKING_KEYS = ("mae", "rank_correlation", "rank_correlation_of_all", "auroc")
 _POINT_KEYS = ("threshold", "mean_loops", "loss", "accuracy", "loops_regret", "loss_regret")
 
 
