@@ -29,6 +29,7 @@ from cognexis.looping.signals import (
     prediction_change,
     relative_delta,
     row_maximum,
+    state_norm,
 )
 from cognexis.looping.value_head import ValueHead
 
@@ -199,6 +200,10 @@ class AdaptiveRun:
             found["hidden_delta"] = hidden_delta(self.state, self.previous)
         if "relative_delta" in wanted:
             found["relative_delta"] = relative_delta(self.state, self.previous)
+        if "state_norm" in wanted:
+            found["state_norm"] = state_norm(self.state)
+        if "h0_norm" in wanted:
+            found["h0_norm"] = state_norm(self.h0)
         if wanted & _PROBED:
             found |= self._probed(wanted, is_by_token=not self.reduces_rows or head is not None)
         if head is not None:

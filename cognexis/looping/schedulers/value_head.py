@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cognexis.configuration_rules import VALUE_OUTPUT_KINDS
 from cognexis.looping.schedulers.base import LoopObservation, reason_code
 from cognexis.looping.schedulers.fields import field_error, one_of, real_number
 from cognexis.looping.schedulers.soft import Rules, SoftScheduler
 
-VALUE_OUTPUT_KINDS = ("predicted_gain", "continue_logit", "risk_adjusted_gain", "uncertainty")
 DEFAULT_GAIN_THRESHOLD = 5e-4
 
 
