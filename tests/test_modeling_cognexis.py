@@ -434,7 +434,7 @@ class Unrolled(nn.Module):
             x = block(x, turn, causal)
         h0 = x
         for loop_index, core in enumerate(self.copies):
-            memories = core._memories(h0, turn, None)
+            memories = core.memories(h0, turn, None)
             masks = causal if core.memory_norm is None else torch.cat((causal, causal), dim=-1)
             x, _ = core.loop(
                 x, h0, loop_index, {"full_attention": masks}, memories, position_embeddings=turn, past_key_values=None

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
@@ -107,11 +106,11 @@ class LoopedGenerationMixin(_GenerationMixin):
             session = LoopSession(budget=RequestBudget(limits) if limits.is_limiting else None, mixes_depths=True)
             session.keeps_record = bool(stats)
             self._check_session(session, options, generation_config, kwargs, prompt)
-            kwargs |= {"loop_session": session, "min_loops": options.min_loops}
+            kwargs["loop_session"] = session
             if options.is_adaptive:
                 kwargs["scheduler"] = options.scheduler  # one instance for all passes
         if limits.max_loops_per_token is not None:
-            kwargs["max_loops"] = options.max_loops
+            kwargs["max_loops"] = options.requested_loops if options.is_adaptive else options.max_loops
         speculation = self._speculation(options, limits, generation_config, kwargs)
         is_watched = streamer is not None and hasattr(streamer, "watch")
         recorder = LoopRecorder() if stats or is_watched or session is not None else None
@@ -229,15 +228,16 @@ class LoopedGenerationMixin(_GenerationMixin):
         try:
             result = super().generate(inputs, generation_config=generation_config, **kwargs)
         except BudgetExceededError:
+            if session is not None:
+                session.abandon_pass(kwargs.get("loop_recorder"))
             if (streamer := kwargs.get("streamer")) is not None:
                 streamer.end()
             if session is None or session.sequences is None:
                 raise
-            session.note_spent(torch.ones(session.sequences.shape[0], dtype=torch.bool))
             wants_dict = kwargs.get("return_dict_in_generate") or getattr(
                 generation_config or self.generation_config, "return_dict_in_generate", False
             )
-            sequences: Any = session.sequences
+            sequences: Any = session.sequences[session.kept_rows]
             result = GenerateDecoderOnlyOutput(sequences=sequences) if wants_dict else sequences
         finally:  # early-exit drafting lowers the cap and does not restore it when it is interrupted
             self.config.__dict__.pop("_loop_cap", None)
@@ -385,8 +385,7 @@ class LoopedGenerationMixin(_GenerationMixin):
         criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
         for criterion in criteria:
             if isinstance(criterion, RequestWatch):
-                criterion.others = [other for other in criteria if other is not criterion]
-                criterion.is_beam = (generation_config.num_beams or 1) > 1
+                criterion.watch(criteria, generation_config)
         return criteria
 
     def _validate_generated_length(self, generation_config: Any, input_ids_length: int, *args: Any) -> None:

@@ -100,27 +100,24 @@ def with_loop_stats(
     new = result.sequences[:, prompt_length:].tolist()
     is_full = recorder.max_length is not None and total >= recorder.max_length
     is_beam = isinstance(result, GenerateBeamDecoderOnlyOutput)
-    rows = len(new)
+    origins = _origins(result, session, len(new), len(new[0]))
+    counts = recorder.token_loops(origins)
     if recorder.mixes_depths and not is_beam:  # ended rows run nothing
-        ran = recorder.token_loops(len(new[0])) > 0
-        lengths = ran.sum(dim=1).tolist()
+        lengths = (counts > 0).sum(dim=1).tolist()
     else:
         lengths = [_row_length(row, stops) for row in new]
-    emitted = torch.tensor([[i < n for i in range(len(new[0]))] for n in lengths])
-    counts = recorder.token_loops(len(new[0])).cpu()
-    group = counts.shape[0] // rows
-    counts = counts[::group][:rows] * emitted  # beams of one prompt stand next to each other
+    counts = counts * torch.tensor([[i < n for i in range(len(new[0]))] for n in lengths])
     depths = config.effective_depth(0) + counts * config.num_recurrent_blocks
     return (CognexisGenerateBeamOutput if is_beam else CognexisGenerateOutput)(
         **result,
         loop_counts=counts,
         effective_depths=torch.where(counts > 0, depths, 0),
-        halt_reasons=recorder.halt_reasons(lengths, group),
+        halt_reasons=recorder.halt_reasons(origins, lengths),
         stop_reasons=[
             stop_reason(row[:n], stops, is_full and n == len(row), stops.is_spent(index))
             for index, (row, n) in enumerate(zip(new, lengths, strict=True))
         ],
-        budget_used=recorder.total_loops([len(recorder.steps)] * rows if is_beam else lengths)[::group][:rows],
+        budget_used=recorder.total_loops(origins, lengths),
         loop_diagnostics={
             "loop_mode": options.loop_mode,
             "requested_loops": options.requested_loops,
@@ -133,6 +130,15 @@ def with_loop_stats(
             **({} if session is None else {"cache_bytes": session.cache_bytes}),
         },
     )
+
+
+def _origins(result: Any, session: LoopSession | None, rows: int, num_tokens: int) -> Tensor:
+    """Row ``[R, N]`` of the batch that computed each new token of the returned rows."""
+    beams = getattr(result, "beam_indices", None)
+    if beams is not None:
+        return beams[:, :num_tokens].clamp(min=0).cpu()
+    kept = None if session is None or session.beams == (1, 1) else session.kept_rows
+    return (torch.arange(rows) if kept is None else kept)[:, None].expand(rows, num_tokens)
 
 
 def _scheduler_facts(options: LoopOptions) -> dict[str, Any]:

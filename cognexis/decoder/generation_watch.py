@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from cognexis.errors import NonFiniteError, ShapeMismatchError
 from cognexis.looping.options import LoopOptions
@@ -52,6 +53,18 @@ class FiniteLogits(LogitsProcessor):
             )
 
 
+class _Remembered(StoppingCriteria):
+    """A criterion with its last answer, for those that must be asked once per token: callers count in theirs."""
+
+    def __init__(self, criterion: Any) -> None:
+        self.criterion = criterion
+        self.answer: Any = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        self.answer = self.criterion(input_ids, scores, **kwargs)
+        return self.answer
+
+
 class RequestWatch(StoppingCriteria):
     """Tells the session which rows have ended, and ends rows whose next token does not fit the budget.
 
@@ -65,10 +78,22 @@ class RequestWatch(StoppingCriteria):
         self.others: list[Any] = []
         self.is_beam = False
 
+    def watch(self, criteria: list[Any], generation_config: Any) -> None:
+        """Come last among ``criteria``, and remember what the others answer."""
+        own = (EosTokenCriteria, MaxLengthCriteria)
+        self.others = [x if isinstance(x, own) else _Remembered(x) for x in criteria if x is not self]
+        criteria[:] = [*self.others, self]
+        beams = generation_config.num_beams or 1
+        self.is_beam = beams > 1
+        if self.is_beam:
+            self.session.share_among_beams(beams, generation_config.num_return_sequences or 1)
+
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         for criterion in () if self.is_beam else self.others:
-            done = done | criterion(input_ids, scores, **kwargs).to(done.device)
+            is_known = isinstance(criterion, _Remembered)
+            answer = criterion.answer if is_known else criterion(input_ids, scores, **kwargs)
+            done = done | answer.to(done.device)
         session = self.session
         if not self.is_beam:
             done = done if session.finished is None else done | session.finished.to(done.device)

@@ -76,6 +76,7 @@ class RequestBudget:
     Attributes:
         loops_used: ``[B]`` core applications; empty before the first pass.
         flops_used: ``[B]`` recurrent FLOPs.
+        is_shared: rows may continue each other (beams), so a pass costs each of them what the dearest costs.
     """
 
     def __init__(self, limits: BudgetLimits, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -83,6 +84,7 @@ class RequestBudget:
         self.clock = clock
         self.loops_used = torch.zeros(0, dtype=torch.long)
         self.flops_used = torch.zeros(0, dtype=torch.float64)
+        self.is_shared = False
         self.loop_seconds = 0.0  # moving average
         wall = limits.max_wall_time_ms
         self.deadline = None if wall is None else clock() + wall / 1000
@@ -156,5 +158,8 @@ class PassBudget:
 
     def charge(self, loops: Tensor) -> None:
         """Count the pass: ``loops`` ``[B, T]`` were run."""
-        self.request.loops_used = self.request.loops_used + loops.amax(dim=1)
-        self.request.flops_used = self.request.flops_used + loops.sum(dim=1) * self.flops_per_loop
+        applications, tokens = loops.amax(dim=1), loops.sum(dim=1)
+        if self.request.is_shared:
+            applications, tokens = applications.amax().expand_as(applications), tokens.amax().expand_as(tokens)
+        self.request.loops_used = self.request.loops_used + applications
+        self.request.flops_used = self.request.flops_used + tokens * self.flops_per_loop

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cognexis.looping.budget import RequestBudget
 from cognexis.looping.cost import core_flops_per_token, token_bytes
+from cognexis.looping.trace import LoopRecorder
 
 
 @dataclass
@@ -27,6 +28,7 @@ class LoopSession:
         keeps_record: whether the scheduler's summary of the request is wanted.
         sequences: ``[B, tokens]`` before the pass at hand, once new tokens exist; None before.
         spent: bool ``[B]``, rows that ended for lack of budget; None while none has.
+        beams: beams of each prompt and how many of them are returned; (1, 1) without beam search.
     """
 
     request_id: str = "generate"
@@ -38,6 +40,7 @@ class LoopSession:
     keeps_record: bool = False
     sequences: Tensor | None = None
     spent: Tensor | None = None
+    beams: tuple[int, int] = (1, 1)
     _cache: Any = field(default=None, repr=False)
     _prompt_length: int | None = field(default=None, repr=False)
 
@@ -86,6 +89,30 @@ class LoopSession:
             fitting = self.loops_that_fit(config, self._cache, len(spent), 1, keys.element_size())
             spent = spent | (fitting is not None and fitting < min_loops)
         return torch.ones_like(spent) if budget.is_late(min_loops) else spent
+
+    def share_among_beams(self, num_beams: int, num_returned: int) -> None:
+        """Rows are beams, which continue each other: the budget of each is that of all."""
+        self.beams = (num_beams, num_returned)
+        if self.budget is not None:
+            self.budget.is_shared = True
+
+    @property
+    def kept_rows(self) -> Tensor | None:
+        """Indices ``[R]`` of the rows to return when the request ends early; None while it has no new tokens.
+
+        The beams of a prompt stand next to each other, the best first.
+        """
+        if self.sequences is None:
+            return None
+        num_beams, num_returned = self.beams
+        return torch.arange(self.sequences.shape[0]).view(-1, num_beams)[:, :num_returned].flatten()
+
+    def abandon_pass(self, recorder: LoopRecorder | None) -> None:
+        """The pass at hand yields no token for lack of budget: all rows end."""
+        if self.sequences is not None:
+            self.note_spent(torch.ones(self.sequences.shape[0], dtype=torch.bool))
+        if recorder is not None:
+            recorder.abandon_pass()
 
     def note_spent(self, rows: Tensor) -> None:
         """``rows`` ``[B]`` end for lack of budget."""

@@ -138,23 +138,33 @@ class LoopRecorder:
         """Whether rows may differ."""
         return bool(self.reasons) and self.reasons[0] is not None
 
-    def token_loops(self, num_tokens: int) -> Tensor:
-        """Loops ``[B, num_tokens]`` behind each emitted token."""
-        return torch.stack(self.steps[:num_tokens], dim=1)
+    def abandon_pass(self) -> None:
+        """Forget a pass that was begun and yields no token."""
+        del self.passes[self.ends[-1] if self.ends else 0 :]
 
-    def halt_reasons(self, lengths: list[int], group: int = 1) -> list[list[str]]:
-        """Why the loops of each new token stopped, by row; every ``group``-th row is read."""
+    def token_loops(self, origins: Tensor) -> Tensor:
+        """Loops ``[R, N]`` behind each emitted token.
+
+        Args:
+            origins: ``[R, N]`` rows that computed the tokens: a beam continues now this row, now that.
+        """
+        return torch.stack(self.steps[: origins.shape[1]], dim=1).cpu().gather(0, origins)
+
+    def halt_reasons(self, origins: Tensor, lengths: list[int]) -> list[list[str]]:
+        """Why the loops of each new token stopped, by row; ``lengths`` counts new tokens."""
         if not self.mixes_depths:
             return [["max_loops"] * n for n in lengths]
-        codes = torch.stack([codes for codes in self.reasons if codes is not None], dim=1)[::group].tolist()
-        return [[str(reason_name(code)) for code in row[:n]] for row, n in zip(codes, lengths, strict=False)]
+        codes = torch.stack([codes for codes in self.reasons if codes is not None][: origins.shape[1]], dim=1)
+        rows = codes.cpu().gather(0, origins).tolist()
+        return [[str(reason_name(code)) for code in row[:n]] for row, n in zip(rows, lengths, strict=True)]
 
-    def total_loops(self, lengths: list[int]) -> Tensor:
-        """Core applications of each row, up to the pass that gave its last token; ``lengths`` counts new tokens."""
-        if self.mixes_depths:  # ended rows run nothing
-            return torch.stack([p.cpu() for p in self.passes]).sum(dim=0)
-        passes = torch.stack(self.passes)[:, 0]
-        return torch.stack([passes[: self.ends[n - 1]].sum() for n in lengths])
+    def total_loops(self, origins: Tensor, lengths: list[int]) -> Tensor:
+        """Core applications ``[R]`` of each row, up to the pass that gave its last token."""
+        num_passes = torch.tensor(self.ends[: origins.shape[1]]).diff(prepend=torch.tensor([0]))  # behind each token
+        is_used = torch.arange(origins.shape[1]) < torch.tensor(lengths)[:, None]
+        origins, is_used = (x.repeat_interleave(num_passes, dim=1) for x in (origins, is_used))
+        passes = torch.stack([p.cpu() for p in self.passes[: origins.shape[1]]], dim=1)
+        return (passes.gather(0, origins) * is_used).sum(dim=1)
 
     def by_phase(self) -> dict[str, dict[str, Any]]:
         """Mean and largest number of loops of a row's pass over the prompt, and of its later passes."""

@@ -413,7 +413,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     *(({"num_beams": v}, "num_beams") for v in (0, -1, True, 2.0, 2**17)),
     *(({"num_return_sequences": v}, "num_return_sequences") for v in (0, -1, 1.5)),
     *(({"num_loops": v}, "num_loops") for v in (0, -1, 5, 2.0, NAN, "2", True, 10**9)),
-    ({"num_loops": torch.tensor([2])}, "num_loops"),
+    ({"num_loops": torch.tensor([[2]])}, "num_loops"),
+    ({"num_loops": torch.tensor([5])}, "num_loops"),
     ({"num_loops": torch.tensor(2.0)}, "num_loops"),
     ({"num_loops": torch.tensor(True)}, "num_loops"),
     ({"num_loops": 10**9, "allow_extrapolation": True}, "num_loops"),
@@ -793,6 +794,11 @@ def test_statistics_describe_every_new_token(model: Any) -> None:
         "min_loops": 1,
         "max_loops": 4,
         "extrapolated": False,
+        "cache_policy": "depth_indexed",
+        "phases": {
+            "prefill": {"passes": 1, "mean_loops": 2.0, "max_loops": 2},
+            "decode": {"passes": NEW - 1, "mean_loops": 2.0, "max_loops": 2},
+        },
     }
 
 

@@ -165,7 +165,7 @@ def test_forward_refuses_a_misspelt_loop_argument(model: Any, ids: Tensor, name:
     assert caught.value.path == name
 
 
-@pytest.mark.parametrize("value", [0, -1, 5, 2.0, NAN, "2", True, torch.tensor([2]), torch.tensor(2.0)], ids=str)
+@pytest.mark.parametrize("value", [0, -1, 5, 2.0, NAN, "2", True, torch.tensor([[2]]), torch.tensor(2.0)], ids=str)
 def test_forward_refuses_a_loop_count_out_of_range(model: Any, ids: Tensor, value: Any) -> None:
     with pytest.raises(InvalidConfigError, match="num_loops") as caught:
         model(ids, num_loops=value)

@@ -160,3 +160,11 @@ def test_charges_add_up_over_passes() -> None:
         flops_used += torch.tensor([sum(row) * 10.0 * length for row in loops.tolist()])
     assert torch.equal(budget.loops_used, loops_used)
     assert torch.equal(budget.flops_used, flops_used)
+
+
+def test_rows_that_may_continue_each_other_are_all_charged_the_dearest() -> None:
+    budget = request()
+    budget.is_shared = True
+    begin(budget, 3, flops=2.0).charge(torch.tensor([[1, 1], [0, 4], [3, 3]]))
+    assert budget.loops_used.tolist() == [4] * 3
+    assert budget.flops_used.tolist() == [12.0] * 3

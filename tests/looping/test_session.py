@@ -10,6 +10,7 @@ from cognexis import CognexisCache
 from cognexis.looping.budget import BudgetLimits, RequestBudget
 from cognexis.looping.cost import core_flops_per_token, token_bytes
 from cognexis.looping.session import LoopSession
+from cognexis.looping.trace import LoopRecorder
 from tests.batteries.tiny import tiny_config
 
 
@@ -112,3 +113,25 @@ def test_spent_rows_are_remembered_for_the_report() -> None:
     each.note_spent(torch.tensor([False, True]))
     each.note_spent(torch.tensor([False, False]))
     assert [each.was_spent(row) for row in range(2)] == [False, True]
+
+
+def test_of_beams_the_best_are_kept_and_the_budget_is_shared() -> None:
+    each = session(max_total_loops=3)
+    assert each.kept_rows is None
+    each.begin_pass(torch.zeros(6, 2, dtype=torch.long), None)
+    each.begin_pass(torch.zeros(6, 3, dtype=torch.long), None)
+    assert each.kept_rows is not None and each.kept_rows.tolist() == list(range(6))
+    each.share_among_beams(3, 2)
+    assert each.kept_rows.tolist() == [0, 1, 3, 4]
+    assert each.budget is not None and each.budget.is_shared
+
+
+def test_a_pass_that_is_abandoned_ends_all_rows() -> None:
+    each, recorder = session(max_total_loops=3), LoopRecorder()
+    each.abandon_pass(recorder)
+    assert each.spent is None
+    each.begin_pass(torch.zeros(2, 2, dtype=torch.long), None)
+    each.begin_pass(torch.zeros(2, 3, dtype=torch.long), None)
+    recorder.begin_pass(2, 4)
+    each.abandon_pass(recorder)
+    assert each.was_spent(0) and each.was_spent(1) and not recorder.passes
