@@ -136,7 +136,8 @@ def run_loops(
         _require_room(budget, state, bounds.min_loops)
     signals = scheduler.signals if scheduler is not None else frozenset[str]()
     is_host = takes_part.device.type == "cpu" or core.waits
-    late = None if is_host or budget is not None else LateFlag()
+    has_deadline = budget is not None and budget.request.deadline is not None
+    late = None if is_host or has_deadline else LateFlag()
     clock: Callable[[], float] = time.perf_counter if budget is None else budget.request.clock
     for loop in range(1, bounds.max_loops + 1):
         start = clock()
