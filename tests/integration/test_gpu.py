@@ -1,10 +1,14 @@
 """What holds on a CUDA device: backends agree, compiled decoding equals eager, no loop waits for the host."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from cognexis import CognexisCache, CognexisForCausalLM
+from cognexis.decoder import mixed_loops
 from cognexis.errors import NonFiniteError
+from cognexis.looping.driver import run_loops
 from tests.batteries.tiny import tiny_config, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -97,3 +101,33 @@ def test_generation_reports_non_finite_logits_at_the_end(ids):
         model.model.final_norm.weight.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="logits"):
         model.generate(ids, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("mode", ["adaptive_token", "adaptive_sequence"])
+@pytest.mark.parametrize(
+    "rule", [{"min_delta": 0.1}, {"min_delta": 0.0, "kl_threshold": 1e-5, "patience": 2, "delay": 1}], ids=str
+)
+def test_adaptive_loops_decide_as_on_the_cpu_and_never_wait_for_the_host(monkeypatch, mode, rule):
+    checkpoint = Path(__file__).parents[2] / "hub_assets" / "windowed_parity"
+    model = CognexisForCausalLM.from_pretrained(checkpoint).eval()
+    ids = torch.randint(0, 2, (4, 33), generator=torch.Generator().manual_seed(0))
+    ids[:, 0] = 2
+    settings = {"loop_mode": mode, "scheduler": {"type": "rule_based", **rule}}
+    expected = model(ids, **settings)
+    model, on_device = model.cuda(), ids.cuda()
+    model(on_device, **settings)  # what is made once, such as tables, may wait
+
+    def run_watched(*args, **kwargs):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return run_loops(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(mixed_loops, "run_loops", run_watched)
+    actual = model(on_device, **settings)
+    assert actual.loop_counts.cpu().equal(expected.loop_counts)
+    assert 1 < actual.loop_counts.max() < model.config.max_loops
+    torch.testing.assert_close(actual.logits.cpu(), expected.logits, rtol=0, atol=1e-3)
+    prompt = model(on_device[:, :32], use_cache=True, **settings)
+    model(on_device[:, 32:], past_key_values=prompt.past_key_values, **settings)
