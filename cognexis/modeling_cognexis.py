@@ -193,17 +193,14 @@ class CognexisModel(CognexisPreTrainedModel):
             loop_mode: "fixed"; "adaptive_sequence": a scheduler stops rows; "adaptive_token": it stops tokens.
             min_loops: lower bound of this call.
             max_loops: upper bound of this call.
-            scheduler: decides in the adaptive modes: a name, a dictionary as in ``scheduler.json``, or a
-                ``LoopScheduler``; what ``scheduler.json`` says, else the rule-based one, when None.
+            scheduler: a name, a dictionary or a ``LoopScheduler``; by default that of ``scheduler.json`` or rules.
             quality_tier: "fast", "balanced" or "thorough": bounds and thresholds within those of the call.
-            halt_dependency: whose agreement a token needs to stop: "token", "prefix" or "row"; by default "prefix"
-                for several tokens and "token" for one.
+            halt_dependency: whose agreement a stop needs: "token" (default for one token), "prefix" (else) or "row".
             cache_policy: "depth_indexed" (exact), or the approximate "last_exited", "modulo_k" and "first_loop".
             allow_extrapolation: permit more loops than ``config.max_loops``.
             return_loop_stats: fill ``halt_reasons`` and ``loop_diagnostics``.
             loop_session: what ``generate`` knows about the request: ended rows and budgets.
-            output_head: maps normed states to logits, for schedulers that look at predictions; the language model
-                passes its own.
+            output_head: maps normed states to logits, for schedulers that look at predictions.
             kwargs: handed down to the attention implementation.
 
         Raises:
@@ -359,6 +356,10 @@ class CognexisForCausalLM(CognexisPreTrainedModel, LoopedGenerationMixin):  # ty
         if self.generation_config is not None:  # keep loop defaults when the generation config is saved and loaded
             self.generation_config._from_model_config = False
 
+    def read_out(self, hidden_states: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of normed states; a method, because hooks that move modules look into arguments."""
+        return self.lm_head(hidden_states)
+
     @can_return_tuple
     def forward(
         self,
@@ -424,7 +425,7 @@ class CognexisForCausalLM(CognexisPreTrainedModel, LoopedGenerationMixin):  # ty
             allow_extrapolation=allow_extrapolation,
             return_loop_stats=return_loop_stats,
             loop_session=loop_session,
-            output_head=self.lm_head,
+            output_head=self.read_out,
             return_dict=True,
             **kwargs,
         )

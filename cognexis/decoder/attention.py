@@ -189,8 +189,12 @@ class CognexisAttention(nn.Module):
     ) -> Tensor:
         """Map ``[B, T, H]`` to ``[B, T, H]``, using the site of ``loop_index`` (from 0)."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = rotate(self.q_proj(hidden_states).view(shape).transpose(1, 2), *position_embeddings)  # [B, N, T, D]
-        key, value = self.project_keys(hidden_states, position_embeddings)
+        # The three projections stand together because serving engines fuse what they find here.
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)  # [B, N, T, D]
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)  # [B, G, T, D]
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        cos, sin = position_embeddings
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         context, _ = self.sites[loop_index](
             query, key, value, attention_mask, past_key_values=past_key_values, memory=memory, **kwargs
         )

@@ -232,7 +232,12 @@ class CognexisCache(Cache):
         readable = key_states.device.type == "cpu" and not torch.compiler.is_compiling()
         if self.cache_type == "static" and readable and not layer.is_sliding:
             self._require_room(layer, key_states.shape[2])
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer.is_sliding and getattr(layer, "record_past", False):
+            # Recorded keys outlive the window until a crop; older transformers return them all.
+            visible = layer.sliding_window - 1 + key_states.shape[2]
+            return keys[:, :, -visible:], values[:, :, -visible:]
+        return keys, values
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest ``-tokens_to_remove`` tokens (a count that is zero or negative, as in transformers).

@@ -35,6 +35,7 @@ from cognexis.looping.options import (
     REQUEST_KEYWORDS,
     LoopOptions,
     budget_limits,
+    loop_count,
 )
 from cognexis.looping.session import LoopSession
 from cognexis.looping.trace import LoopRecorder
@@ -165,7 +166,8 @@ class LoopedGenerationMixin(_GenerationMixin):
                 settings[name] = _first_set(name, generation_config, self.generation_config)
         limits = budget_limits(settings)
         if limits.max_loops_per_token is not None:
-            most = self.config.max_loops if settings["max_loops"] is None else settings["max_loops"]
+            given = settings["max_loops"]
+            most = self.config.max_loops if given is None else loop_count("max_loops", given)
             settings["max_loops"] = min(most, limits.max_loops_per_token)
         return self.base_model.loop_options(settings), limits
 
@@ -283,8 +285,9 @@ class LoopedGenerationMixin(_GenerationMixin):
         options, limits = self._request(generation_config, kwargs)
         if options.mixes_depths or limits.is_limiting:
             raise InvalidConfigError(
-                "generate_batch: the paged cache holds one fixed number of loops; leave out adaptive modes, loops by "
-                "row, cache policies and budgets, or use generate"
+                "generate_batch: the paged cache holds one fixed number of loops; leave out an adaptive loop_mode, "
+                "loops by row, cache policies and budgets, or use generate",
+                path="loop_mode",
             )
         if options.num_loops > self.config.kv_slots:
             raise InvalidConfigError(
@@ -306,8 +309,8 @@ class LoopedGenerationMixin(_GenerationMixin):
         for name in CALL_KEYWORDS:
             value = explicit.get(name)
             value = getattr(generation_config, name, None) if value is None else value
-            if value is not None:
-                model_kwargs[name] = value
+            if value is not None:  # transformers would repeat a tensor for every beam, also one without axes
+                model_kwargs[name] = value.item() if _is_scalar(value) else value
         self.base_model.loop_options(model_kwargs)
         check_generation_values(self.config, generation_config.to_dict(), resolved=True)
         if generation_config.temperature == 0:  # no randomness left: the most likely token

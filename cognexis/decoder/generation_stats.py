@@ -123,7 +123,7 @@ def with_loop_stats(
             "requested_loops": options.requested_loops,
             "min_loops": options.min_loops,
             "max_loops": options.max_loops,
-            "extrapolated": int(counts.max()) > options.trained_max_loops or options.extrapolated,
+            "extrapolated": max(int(p.max()) for p in recorder.passes) > options.trained_max_loops,
             "cache_policy": options.cache_policy,
             "phases": recorder.by_phase(),
             **(_scheduler_facts(options) if options.scheduler is not None else {}),

@@ -83,6 +83,8 @@ class RequestWatch(StoppingCriteria):
         own = (EosTokenCriteria, MaxLengthCriteria)
         self.others = [x if isinstance(x, own) else _Remembered(x) for x in criteria if x is not self]
         criteria[:] = [*self.others, self]
+        if generation_config._pad_token_tensor is not None:
+            self.eos_token_id = None  # transformers pads ended rows only where some criterion has this attribute
         beams = generation_config.num_beams or 1
         self.is_beam = beams > 1
         if self.is_beam:
@@ -98,10 +100,9 @@ class RequestWatch(StoppingCriteria):
         if not self.is_beam:
             done = done if session.finished is None else done | session.finished.to(done.device)
         if (is_spent := session.is_spent(self.config, self.options.min_loops, input_ids.shape[1])) is not None:
+            is_spent = is_spent.any()[None] if self.is_beam else is_spent
             is_spent = is_spent.to(done.device)
-            if self.is_beam:
-                is_spent = is_spent.any().expand_as(done)
-            session.note_spent(is_spent & ~done)
+            session.note_spent(is_spent if self.is_beam else is_spent & ~done)
             done = done | is_spent
         if not self.is_beam:
             session.finished = done
