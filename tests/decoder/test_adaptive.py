@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from cognexis import CognexisCache
 from cognexis.decoder.adaptive_run import AdaptiveRun
@@ -349,14 +348,6 @@ def test_prefix_halting_in_chunks_is_that_of_the_whole_text(name: str) -> None:
     assert_same(logits[mask.bool()], whole.logits[mask.bool()], LOOPS)
 
 
-def keeps_the_window_while_recording() -> bool:
-    """Whether stock layers hide what they record beyond the window; those of older transformers show it."""
-    layer, entry = DynamicSlidingWindowLayer(sliding_window=2), torch.zeros(1, 1, 1, 1)
-    layer.activate_past_recording()
-    return [layer.update(entry, entry)[0].shape[2] for _ in range(3)] == [1, 2, 2]
-
-
-@pytest.mark.skipif(not keeps_the_window_while_recording(), reason="this transformers crops after every forward")
 def test_keys_that_are_kept_beyond_the_window_are_not_seen() -> None:
     """The rule looks at predictions, so coda and head run on intermediate states against the cache."""
     model = looped(**CONFIGURATIONS["sliding_window"])
