@@ -74,6 +74,12 @@ def check_mixed(body: Any, options: LoopOptions, batch_size: int, length: int) -
             "checkpointing off",
             path="loop_mode",
         )
+    if body.training and (body.config.backprop_loops is not None or body.config.state_retention == "checkpointed"):
+        raise InvalidConfigError(
+            "loop_mode: tokens of different loop counts carry gradients through all of them; set backprop_loops=None "
+            "and a state_retention other than checkpointed",
+            path="backprop_loops",
+        )
     if options.scheduler is not None and "predicted_gain" in options.scheduler.signals and body.value_head is None:
         raise InvalidConfigError(
             f"scheduler={options.scheduler.name!r}: the model has no value head; fit one with `cognexis scheduler "
