@@ -41,6 +41,7 @@ from cognexis.decoder.inputs import (
     check_positions,
     check_token_ids,
     default_positions,
+    last_real_token,
     packed_documents,
     readable_keys,
     real_tokens,
@@ -515,8 +516,7 @@ class CognexisForSequenceClassification(CognexisPreTrainedModel):
                 "attention_mask or config.pad_token_id is needed to find the last token of each row",
                 path="pad_token_id",
             )
-        index = torch.arange(real.shape[1], device=real.device)
-        return (index * real).argmax(dim=-1).to(logits.device)
+        return last_real_token(real).to(logits.device)
 
 
 class CognexisForTokenClassification(CognexisPreTrainedModel):

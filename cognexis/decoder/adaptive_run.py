@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cognexis.decoder.depth_cache import CachePolicy, DepthKeys, FirstLoop
+from cognexis.decoder.inputs import last_real_token
 from cognexis.decoder.recurrent_core import RecurrentCore
 from cognexis.looping.signals import (
     confidence,
@@ -229,9 +230,7 @@ class AdaptiveRun:
         if not self.reduces_rows or values.shape[1] == 1:
             return values
         if name in _AT_LAST_TOKEN:
-            index = torch.arange(values.shape[1], device=values.device)
-            last = torch.where(self.is_real, index, -1).amax(dim=1, keepdim=True).clamp(min=0)
-            return values.gather(1, last)
+            return values.gather(1, last_real_token(self.is_real)[:, None])
         return row_maximum(values, self.is_real)[:, None]
 
     def finish(self, loops: Tensor) -> None:

@@ -10,6 +10,7 @@ import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -94,9 +95,8 @@ class LoopedGenerationMixin(_GenerationMixin):
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         check_prompt(self.config, prompt, kwargs)
         check_generation_values(self.config, kwargs)
-        stats = kwargs.pop("return_loop_stats", None)
-        if stats is None:
-            stats = _first_set("return_loop_stats", generation_config, self.generation_config)
+        stats = self._setting("return_loop_stats", generation_config, kwargs)
+        kwargs.pop("return_loop_stats", None)
         streamer = kwargs.get("streamer")
         tokenizer = kwargs.get("tokenizer") or getattr(streamer, "tokenizer", None)
         if tokenizer is not None and self.config.tokenizer_checksum is not None:
@@ -104,8 +104,8 @@ class LoopedGenerationMixin(_GenerationMixin):
         options, limits = self._request(generation_config, kwargs)
         session = None
         if options.mixes_depths or limits.is_limiting:
-            session = LoopSession(budget=RequestBudget(limits) if limits.is_limiting else None, mixes_depths=True)
-            session.keeps_record = bool(stats)
+            budget = RequestBudget(limits) if limits.is_limiting else None
+            session = LoopSession(budget=budget, keeps_record=bool(stats))
             self._check_session(session, options, generation_config, kwargs, prompt)
             kwargs["loop_session"] = session
             if options.is_adaptive:
@@ -142,28 +142,29 @@ class LoopedGenerationMixin(_GenerationMixin):
         self, options: LoopOptions, limits: BudgetLimits, generation_config: Any, kwargs: dict[str, Any]
     ) -> SpeculativeDecoding | None:
         """The decoding loop that drafts with few loops, put into ``kwargs`` when it is asked for."""
-        asked = {}
-        for name in ("speculative_draft_loops", "speculative_tokens"):
-            value = kwargs.pop(name, None)
-            asked[name] = _first_set(name, generation_config, self.generation_config) if value is None else value
-        if all(value is None for value in asked.values()):
+        names = ("speculative_draft_loops", "speculative_tokens")
+        draft_loops, num_tokens = (self._setting(name, generation_config, kwargs) for name in names)
+        for name in names:
+            kwargs.pop(name, None)
+        if draft_loops is None and num_tokens is None:
             return None
         for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate"):
             if kwargs.get(name) is not None:
                 raise InvalidConfigError(f"{name}: does not go with speculative_draft_loops", path=name)
         if limits.is_limiting:
             raise InvalidConfigError("speculative_draft_loops: does not go with budgets; limit max_new_tokens instead")
-        draft_loops, num_tokens = asked["speculative_draft_loops"], asked["speculative_tokens"]
         speculation = SpeculativeDecoding.of_request(self, options, draft_loops, num_tokens)
         kwargs["custom_generate"] = speculation
         return speculation
 
+    def _setting(self, name: str, generation_config: Any, kwargs: dict[str, Any]) -> Any:
+        """What a request says: the call, else the generation config that it brings, else the model's; or None."""
+        value = kwargs.get(name)
+        return _first_set(name, generation_config, self.generation_config) if value is None else value
+
     def _request(self, generation_config: Any, kwargs: dict[str, Any]) -> tuple[LoopOptions, BudgetLimits]:
-        """Loops and limits of a request: what the call leaves out comes from the generation configs."""
-        settings = {name: kwargs.get(name) for name in REQUEST_KEYWORDS}
-        for name in REQUEST_KEYWORDS:
-            if settings[name] is None:
-                settings[name] = _first_set(name, generation_config, self.generation_config)
+        """Loops and limits of a request."""
+        settings = {name: self._setting(name, generation_config, kwargs) for name in REQUEST_KEYWORDS}
         limits = budget_limits(settings)
         if limits.max_loops_per_token is not None:
             given = settings["max_loops"]
@@ -175,13 +176,8 @@ class LoopedGenerationMixin(_GenerationMixin):
         self, session: LoopSession, options: LoopOptions, generation_config: Any, kwargs: dict[str, Any], prompt: Any
     ) -> None:
         """Refuse what cannot work where rows may run different numbers of loops, and budgets too small to begin."""
-
-        def setting(name: str) -> Any:
-            value = kwargs.get(name)
-            return _first_set(name, generation_config, self.generation_config) if value is None else value
-
         for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
-            if setting(name) is not None:
+            if self._setting(name, generation_config, kwargs) is not None:
                 raise InvalidConfigError(
                     f"{name}: assisted decoding needs one fixed number of loops; leave out adaptive modes, loops by "
                     "row, cache policies and budgets",
@@ -206,10 +202,7 @@ class LoopedGenerationMixin(_GenerationMixin):
     def _stop_settings(
         self, generation_config: Any, kwargs: dict[str, Any], session: LoopSession | None
     ) -> StopSettings:
-        def setting(name: str) -> Any:
-            value = kwargs.get(name)
-            return _first_set(name, generation_config, self.generation_config) if value is None else value
-
+        setting = partial(self._setting, generation_config=generation_config, kwargs=kwargs)
         pad = _as_ids(setting("pad_token_id"))
         eos_ids, has_criteria = _as_ids(setting("eos_token_id")), bool(kwargs.get("stopping_criteria"))
         pad_token_id = pad[0] if pad else None

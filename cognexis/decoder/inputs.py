@@ -124,6 +124,11 @@ def real_tokens(attention_mask: Any, documents: Tensor | None, hidden_states: Te
     return torch.ones(batch_size, length, dtype=torch.bool, device=hidden_states.device)
 
 
+def last_real_token(is_real: Tensor) -> Tensor:
+    """Index ``[B]`` of the last real token of each row of ``is_real`` ``[B, T]``; 0 where there is none."""
+    return (torch.arange(is_real.shape[1], device=is_real.device) * is_real).argmax(dim=1)
+
+
 def check_position_shape(position_ids: Tensor | None, batch_size: int, length: int) -> None:
     """Require positions of shape ``[B or 1, T]``.
 

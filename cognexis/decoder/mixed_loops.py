@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cognexis.decoder.adaptive_run import AdaptiveRun
 from cognexis.decoder.cache import PeekKeys
+from cognexis.decoder.inputs import last_real_token
 from cognexis.decoder.recurrent_core import CoreOutput
 from cognexis.errors import InvalidConfigError, NonFiniteError, ShapeMismatchError
 from cognexis.looping.cost import core_flops_per_token
@@ -42,7 +43,7 @@ class MixedLoops:
 
 def depth_policy(options: LoopOptions, cache: Any, session: LoopSession | None) -> str | None:
     """How keys are kept where tokens may run different numbers of loops; None where all run the same number."""
-    if options.mixes_depths or (session is not None and session.mixes_depths):
+    if options.mixes_depths or session is not None:
         return options.cache_policy
     is_mixed = getattr(cache, "policy", None) is not None and int(cache.get_seq_length()) > 0
     return options.cache_policy if is_mixed else None
@@ -188,9 +189,7 @@ def _probe_of(body: Any, masks: dict[str, Any], shared: dict[str, Any], loops: M
     def probe(state: Tensor, last_only: bool) -> Tensor:
         normed = body.final_norm(body.coda(state, masks=masks, **peek))
         if last_only:
-            index = torch.arange(normed.shape[1], device=normed.device)
-            last = torch.where(loops.is_real, index, -1).amax(dim=1).clamp(min=0)
-            normed = normed[torch.arange(len(last), device=last.device), last][:, None]
+            normed = normed.take_along_dim(last_real_token(loops.is_real)[:, None, None], dim=1)
         if loops.output_head is not None:
             return loops.output_head(normed)
         if not body.config.tie_word_embeddings:

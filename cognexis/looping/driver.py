@@ -219,7 +219,7 @@ def _decide(
     state.halt(halt & is_hard, reasons)
     if bounds.limits is not None:
         state.halt(loop >= bounds.limits, _code("max_loops", state.reasons))
-    if scheduler is not None and loop >= bounds.min_loops:
+    if scheduler is not None:
         settled = halt & ~is_hard
         if settled_after is not None:
             settled = settled & (loop >= settled_after)

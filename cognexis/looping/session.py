@@ -1,6 +1,7 @@
 """What a generation remembers about its request from pass to pass: ended rows, budgets, risk.
 
-One session belongs to one ``generate`` call; the model reads it in every forward. Letters: B rows.
+One session belongs to one ``generate`` call whose rows may run different numbers of loops or have budgets; the model
+reads it in every forward. Letters: B rows.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +25,6 @@ class LoopSession:
         finished: bool ``[B]``, rows that have ended and run no more loops; None while none has.
         is_risky: bool ``[B, 1]``, rows that a safety rule stops; None without such a rule.
         num_passes: forwards that were begun.
-        mixes_depths: whether tokens may run different numbers of loops.
         keeps_record: whether the scheduler's summary of the request is wanted.
         sequences: ``[B, tokens]`` before the pass at hand, once new tokens exist; None before.
         spent: bool ``[B]``, rows that ended for lack of budget; None while none has.
@@ -36,7 +36,6 @@ class LoopSession:
     finished: Tensor | None = None
     is_risky: Tensor | None = None
     num_passes: int = 0
-    mixes_depths: bool = False
     keeps_record: bool = False
     sequences: Tensor | None = None
     spent: Tensor | None = None
