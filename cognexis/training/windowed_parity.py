@@ -39,6 +39,7 @@ from cognexis.configuration_cognexis import CognexisConfig
 from cognexis.errors import InvalidConfigError
 from cognexis.modeling_cognexis import CognexisForCausalLM
 from cognexis.tasks.windowed_parity import BOS, IGNORED_LABEL, PAD, VOCAB_SIZE, WindowedParity, draw_rows
+from cognexis.training.loop_states import loops_watched
 from cognexis.training.quickstart_training import draw_loops, learning_rate_share
 
 WINDOW = 8
@@ -235,28 +236,15 @@ def answers_by_loop(model: CognexisForCausalLM, input_ids: Tensor, loops: Sequen
         input_ids: ``[B, T]`` without padding.
         loops: loop counts of at least 1, rising.
     """
-    body: Any = model.model
-    stage_arguments: dict[str, Any] = {}
     executed = count(1)
     answers: list[Tensor] = []
 
-    def keep_arguments(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        stage_arguments.update(kwargs)
-
-    def answer(module: nn.Module, args: Any, state: Tensor) -> None:
+    def answer(state: Tensor, logits: Callable[[], Tensor]) -> None:
         if next(executed) in loops:
-            hidden_states = body.final_norm(body.coda(state, **stage_arguments))
-            answers.append(model.lm_head(hidden_states).argmax(-1))
+            answers.append(logits().argmax(-1))
 
-    handles = [
-        body.prelude.register_forward_pre_hook(keep_arguments, with_kwargs=True),
-        body.recurrent.loop_state.register_forward_hook(answer),
-    ]
-    try:
+    with loops_watched(model, answer):
         model(input_ids=input_ids, num_loops=loops[-1], allow_extrapolation=True, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return torch.stack(answers)
 
 

@@ -28,6 +28,7 @@ from cognexis.looping.signals import (
     relative_delta,
     state_norm,
 )
+from cognexis.training.loop_states import loops_watched
 from cognexis.training.scheduler.rows import RowBatch
 
 
@@ -61,54 +62,42 @@ def run_depths(model: Any, batch: RowBatch, num_loops: int, visit: Callable[[Loo
     Raises:
         InvalidConfigError: ``num_loops`` is more than the configuration allows.
     """
-    body = model.model
-    runner = _DepthRunner(model, batch, visit)
-    handles = [
-        body.prelude.register_forward_pre_hook(runner.keep_arguments, with_kwargs=True),
-        body.prelude.register_forward_hook(runner.begin),
-        body.recurrent.loop_state.register_forward_hook(runner.measure),
-    ]
+    runner = _DepthRunner(model.config, batch, visit)
+    mask = None if bool(batch.is_real.all()) else batch.is_real.long()
     was_training = model.training
     model.eval()
     try:
-        mask = None if bool(batch.is_real.all()) else batch.is_real.long()
-        body(input_ids=batch.input_ids, attention_mask=mask, num_loops=num_loops, loop_mode="fixed", use_cache=False)
+        with loops_watched(model, runner.measure, runner.begin):
+            model.model(
+                input_ids=batch.input_ids, attention_mask=mask, num_loops=num_loops, loop_mode="fixed", use_cache=False
+            )
     finally:
         model.train(was_training)
-        for handle in handles:
-            handle.remove()
 
 
 class _DepthRunner:
-    """The hooks of one run."""
+    """What one run remembers from loop to loop."""
 
-    def __init__(self, model: Any, batch: RowBatch, visit: Callable[[LoopMeasurement], None]) -> None:
-        self.model = model
+    def __init__(self, config: Any, batch: RowBatch, visit: Callable[[LoopMeasurement], None]) -> None:
+        self.config = config
         self.visit = visit
         self.has_target = batch.targets >= 0
         self.targets = batch.targets.clamp(min=0)
-        self.arguments: dict[str, Any] = {}
         self.loop = 0
         self.previous_state: Tensor
         self.previous_log_probs: Tensor | None = None
         self.h0_norm: Tensor
 
-    def keep_arguments(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """The coda takes the arguments of the prelude."""
-        self.arguments = kwargs
-
-    def begin(self, module: Any, args: Any, h0: Tensor) -> None:
+    def begin(self, h0: Tensor, arguments: dict[str, Any]) -> None:
         self.previous_state = h0
         self.h0_norm = state_norm(h0)
-        if self.model.config.recurrent_init == "random":
-            noise = position_noise(self.arguments["position_ids"], h0.shape[-1])
+        if self.config.recurrent_init == "random":
+            noise = position_noise(arguments["position_ids"], h0.shape[-1])
             self.previous_state = noise.to(h0.dtype).expand_as(h0)
 
-    def measure(self, module: Any, args: Any, state: Tensor) -> None:
+    def measure(self, state: Tensor, logits: Callable[[], Tensor]) -> None:
         self.loop += 1
-        body = self.model.model
-        logits = self.model.lm_head(body.final_norm(body.coda(state, **self.arguments)))
-        log_probs = log_probabilities(logits)
+        log_probs = log_probabilities(logits())
         losses = -log_probs.gather(-1, self.targets[..., None]).squeeze(-1)
         signals = {
             "hidden_delta": hidden_delta(state, self.previous_state),
