@@ -6,6 +6,8 @@ state is replaced by the fresh one *before* it consumes token t.
 Letters: B batch, T time, H hidden.
 """
 
+import functools
+import inspect
 from typing import Any
 
 import torch
@@ -82,6 +84,19 @@ def as_sequence(
     if is_step:
         x, mask = x.unsqueeze(1), None if mask is None else mask.unsqueeze(1)
     return x, mask, is_step
+
+
+def fresh_state(
+    part: Any, batch: int, *, device: torch.device | str, dtype: torch.dtype, traces: bool = True
+) -> TensorDict:
+    """The fresh state of a cell, block or stack; ``traces`` is handed to those that know the word."""
+    options = {"traces": traces} if _takes_traces(type(part)) else {}
+    return part.init_state(batch, device=device, dtype=dtype, **options)
+
+
+@functools.cache
+def _takes_traces(kind: Any) -> bool:
+    return "traces" in inspect.signature(kind.init_state).parameters
 
 
 def row_mask(mask: Tensor, rows: int, owner: str = "reset_state") -> Tensor:

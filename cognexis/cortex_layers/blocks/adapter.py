@@ -19,6 +19,7 @@ from cognexis.cortex_layers.blocks.base import BaseBlock, child_state, parent_st
 from cognexis.cortex_layers.blocks.registry import build_block, build_block_at_width, register_block
 from cognexis.cortex_layers.cells.base import MemoryCell
 from cognexis.cortex_layers.config import AdapterBlockConfig
+from cognexis.cortex_layers.state import fresh_state
 from cognexis.cortex_layers.types import MaybeState, ResetMask
 
 _ADAPTER_ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU}
@@ -60,8 +61,11 @@ class AdapterBlock(BaseBlock):
         y = y + self.gate * self.up(self.dropout(self.act(self.down(self.ln(y)))))
         return y, parent_state({_WRAPPED: wrapped}, x.shape[0])
 
-    def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> TensorDict:
-        return parent_state({_WRAPPED: self.wrapped_block.init_state(batch, device=device, dtype=dtype)}, batch)
+    def init_state(
+        self, batch: int, *, device: torch.device | str, dtype: torch.dtype, traces: bool = True
+    ) -> TensorDict:
+        wrapped = fresh_state(self.wrapped_block, batch, device=device, dtype=dtype, traces=traces)
+        return parent_state({_WRAPPED: wrapped}, batch)
 
     def reset_state(self, state: MaybeState, mask: Tensor) -> MaybeState:
         wrapped = child_state(state, _WRAPPED)

@@ -10,6 +10,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from cognexis.cortex_layers.cells.base import MemoryCell
+from cognexis.cortex_layers.state import fresh_state
 from cognexis.cortex_layers.types import MaybeState, ResetMask
 
 
@@ -76,11 +77,14 @@ class BaseBlock(nn.Module, ABC):
                 f"{type(self).__name__}: the cell has hidden_size={self.the_cell().hidden_size}, expected {size}"
             )
 
-    def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> TensorDict:
-        """A fresh state for ``batch`` rows."""
+    def init_state(
+        self, batch: int, *, device: torch.device | str, dtype: torch.dtype, traces: bool = True
+    ) -> TensorDict:
+        """A fresh state for ``batch`` rows; without ``traces`` Axon parts keep none."""
         if self.cell is None:
             return TensorDict({}, batch_size=[batch])
-        return parent_state({self.state_key: self.cell.init_state(batch, device=device, dtype=dtype)}, batch)
+        inner = fresh_state(self.cell, batch, device=device, dtype=dtype, traces=traces)
+        return parent_state({self.state_key: inner}, batch)
 
     def reset_state(self, state: MaybeState, mask: Tensor) -> MaybeState:
         """A state whose rows of ``mask`` are fresh."""

@@ -19,7 +19,7 @@ from cognexis.cortex_layers.cells.base import MemoryCell
 from cognexis.cortex_layers.cells.registry import build_cell, register_cell
 from cognexis.cortex_layers.config import BlockCellConfig, CellConfig, SequentialCellConfig, StackCellConfig
 from cognexis.cortex_layers.config_edits import edited
-from cognexis.cortex_layers.state import check_input, normalise_resets
+from cognexis.cortex_layers.state import check_input, fresh_state, normalise_resets
 from cognexis.cortex_layers.types import MaybeState, ResetMask
 
 
@@ -45,9 +45,13 @@ class _ComposedCell(MemoryCell):
             x, states[key] = part(x, None if state is None else state.get(key, None), resets=mask)
         return x, self._parent(states, x.shape[0])
 
-    def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> TensorDict:
+    def init_state(
+        self, batch: int, *, device: torch.device | str, dtype: torch.dtype, traces: bool = True
+    ) -> TensorDict:
         pairs = zip(self.part_keys, self.parts, strict=True)
-        return self._parent({key: part.init_state(batch, device=device, dtype=dtype) for key, part in pairs}, batch)
+        return self._parent(
+            {key: fresh_state(part, batch, device=device, dtype=dtype, traces=traces) for key, part in pairs}, batch
+        )
 
     def reset_state(self, state: MaybeState, mask: Tensor) -> MaybeState:
         if state is None:

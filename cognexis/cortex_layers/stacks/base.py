@@ -15,7 +15,7 @@ from cognexis.cortex_layers.blocks.column.column import ColumnBlock
 from cognexis.cortex_layers.blocks.compiled import BlockCaller
 from cognexis.cortex_layers.blocks.registry import build_block_at_width
 from cognexis.cortex_layers.config import CortexStackConfig
-from cognexis.cortex_layers.state import check_input, normalise_resets
+from cognexis.cortex_layers.state import check_input, fresh_state, normalise_resets
 from cognexis.cortex_layers.types import MaybeState, ResetMask
 
 
@@ -71,11 +71,22 @@ class CortexStack(nn.Module):
         return self(x, state, **kwargs)
 
     def init_state(
-        self, batch: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        batch: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        traces: bool = True,
     ) -> TensorDict:
-        """A fresh state for ``batch`` rows, complete from the start."""
+        """A fresh state for ``batch`` rows, complete from the start.
+
+        Args:
+            traces: keep what Axon parts need for the gradient before a cut; inference does without.
+        """
         pairs = zip(self.block_keys, self.blocks, strict=True)
-        return parent_state({key: block.init_state(batch, device=device, dtype=dtype) for key, block in pairs}, batch)
+        return parent_state(
+            {key: fresh_state(block, batch, device=device, dtype=dtype, traces=traces) for key, block in pairs}, batch
+        )
 
     def reset_state(self, state: MaybeState, mask: Tensor) -> MaybeState:
         """A state whose rows of ``mask`` ``[B]`` are fresh; the argument stays as it is."""

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from cognexis.cortex_layers.blocks.compiled import BlockCaller
 from cognexis.cortex_layers.config import (
     AdapterBlockConfig,
+    AxonConfig,
     CausalConv1dConfig,
     ColumnBlockConfig,
     CortexStackConfig,
@@ -24,6 +25,7 @@ from cognexis.cortex_layers.config import (
     PostUpGatedBlockConfig,
     PreUpBlockConfig,
     RouterConfig,
+    StackCellConfig,
 )
 from cognexis.cortex_layers.factory import build_cortex, build_from_dict
 from cognexis.cortex_layers.stacks.auto import build_cortex_auto_config, build_cortex_auto_stack
@@ -243,3 +245,22 @@ def test_block_that_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog):
     torch.testing.assert_close(y, plain.blocks[0](x, None)[0])
     with pytest.raises(ValueError, match="shape"):
         BlockCaller(compiles=True)(plain.blocks[0], x[..., :3], None, None)
+
+
+def test_a_state_without_traces_stays_without_them_and_gives_the_same_outputs() -> None:
+    torch.manual_seed(0)
+    axon = AdapterBlockConfig(base_block=PassThroughBlockConfig(cell=AxonConfig(hidden_size=None)))
+    column = build_cortex_auto_config(d_hidden=16, num_layers=1, pattern="AX^M^LS^").blocks[0]
+    nested = PassThroughBlockConfig(
+        cell=StackCellConfig(stack=CortexStackConfig(d_hidden=16, blocks=[PassThroughBlockConfig(cell=AxonConfig())]))
+    )
+    stack = build_cortex(CortexStackConfig(d_hidden=16, blocks=[axon, column, nested]))
+    x = torch.randn(2, 7, 16)
+    traced, plain = stack.init_state(2), stack.init_state(2, traces=False)
+    expected, _ = stack(x, traced)
+    y, after = stack(x, plain)
+    names = {str(key) for key in plain.keys(True, True)}
+    assert len(names) < len(list(traced.keys(True, True)))
+    assert not any("E_" in name for name in names)
+    assert names == {str(key) for key in after.keys(True, True)}
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)

@@ -34,7 +34,7 @@ from cognexis.cortex_layers.blocks.compiled import BlockCaller
 from cognexis.cortex_layers.blocks.registry import build_block_at_width, register_block
 from cognexis.cortex_layers.cells.base import MemoryCell
 from cognexis.cortex_layers.config import ColumnBlockConfig
-from cognexis.cortex_layers.state import check_input, normalise_resets
+from cognexis.cortex_layers.state import check_input, fresh_state, normalise_resets
 from cognexis.cortex_layers.types import MaybeState, ResetMask
 
 
@@ -122,10 +122,13 @@ class ColumnBlock(BaseBlock):
         active = active_experts(prior if self.restrict_to_topk else scores, self.top_k)
         return gate_weights(scores, active, self.top_k), active
 
-    def init_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> TensorDict:
+    def init_state(
+        self, batch: int, *, device: torch.device | str, dtype: torch.dtype, traces: bool = True
+    ) -> TensorDict:
         pairs = zip(self.expert_keys, self.experts, strict=True)
         return parent_state(
-            {key: expert.init_state(batch, device=device, dtype=dtype) for key, expert in pairs}, batch
+            {key: fresh_state(expert, batch, device=device, dtype=dtype, traces=traces) for key, expert in pairs},
+            batch,
         )
 
     def reset_state(self, state: MaybeState, mask: Tensor) -> MaybeState:
