@@ -23,7 +23,7 @@ NEEDED_SECTIONS: dict[str, tuple[str, ...]] = {
     "inspect-checkpoint": (),
     "checkpoint": ("tokenizer", "model"),
 }
-_VALUE_HEAD_SCHEDULERS = ("value_head", "hybrid")
+_VALUE_HEAD_SCHEDULERS = ("value_head", "hybrid", "act")
 
 
 def consistency_faults(

@@ -3,7 +3,7 @@
 The names are those of the keywords of ``generate()`` wherever there is one.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -25,6 +25,22 @@ from cognexis.artifacts.run_config.section import (
 LoopMode = Annotated[Literal["fixed", "adaptive_sequence", "adaptive_token"], spelled(LOOP_MODE_ALIASES)]
 Dtype = Annotated[Literal["bf16", "fp16", "fp32", "fp64"], spelled(DTYPE_ALIASES)]
 
+SCHEDULER_NAMES = {"gain_threshold": "predicted_gain_threshold"}
+"""Field of a scheduler -> setting of another name."""
+_SOFT = ("patience", "delay", "hysteresis")
+SCHEDULER_FIELDS: dict[str, tuple[str, ...]] = {
+    "fixed": (),
+    "rule_based": ("min_delta", "delta_kind", "confidence_threshold", "entropy_threshold", "kl_threshold", *_SOFT),
+    "value_head": ("gain_threshold", "loop_cost", "output_kind", "risk_weight", "latency_weight", *_SOFT),
+    "hybrid": (
+        *("min_delta", "delta_kind", "large_delta", "confidence_threshold", "gain_threshold"),
+        *("high_conf_gain_threshold", "loop_cost", "gain_fallthrough", *_SOFT),
+    ),
+    "act": ("halting_threshold", "gain_threshold", "ponder_cost", "uncertainty_limit", "risk_weight", *_SOFT),
+    "oracle": (),
+}
+"""Fields of each scheduler that a run configuration sets."""
+
 
 class BudgetSettings(Section):
     """Hard limits of one request; null: no limit."""
@@ -42,9 +58,9 @@ class BudgetSettings(Section):
 
 
 class SchedulerSettings(Section):
-    """Who decides when the loops of a token end, in the adaptive modes."""
+    """Who decides when the loops of a token end, in the adaptive modes; null: the scheduler's own default."""
 
-    type: Literal["fixed", "rule_based", "value_head", "hybrid", "oracle"] = "fixed"
+    type: Literal["fixed", "rule_based", "value_head", "hybrid", "act", "oracle"] = "fixed"
     """the scheduler; oracle is for analysis with `run.research_mode`"""
     min_delta: NotNegative = 0.03
     """halt below this change of the state"""
@@ -52,18 +68,44 @@ class SchedulerSettings(Section):
     """relative: the change is divided by the norm of the state"""
     large_delta: Positive | None = None
     """continue above this change whatever else is seen; null: no such rule"""
-    confidence_threshold: Share = 0.95
-    """halt above this probability of the most likely token"""
+    confidence_threshold: Share | None = None
+    """halt above this probability of the most likely token; null: 0.95 for hybrid, no such rule for rule_based"""
     entropy_threshold: NotNegative | None = None
     """halt below this entropy in nats; null: no such rule"""
-    predicted_gain_threshold: NotNegative = 5e-4
-    """halt below this predicted gain per cost"""
+    kl_threshold: NotNegative | None = None
+    """halt below this KL divergence of successive predictions in nats; null: no such rule"""
+    predicted_gain_threshold: NotNegative | None = None
+    """halt below this predicted gain per cost, a scheduler's `gain_threshold`; null: 5e-4, or a probability of 0.5"""
     high_conf_gain_threshold: NotNegative | None = None
     """gain below which a confident token halts; null: as `predicted_gain_threshold`"""
     loop_cost: Positive = 1.0
     """cost of one loop in the unit of the gain"""
     gain_fallthrough: bool = False
     """hybrid: compare gain per cost also when no other rule decides"""
+    output_kind: Literal["predicted_gain", "continue_logit", "risk_adjusted_gain", "uncertainty"] | None = None
+    """output of the value head that counts; null: predicted_gain"""
+    risk_weight: NotNegative | None = None
+    """gain that one unit of uncertainty costs; null: 0"""
+    latency_weight: NotNegative | None = None
+    """gain that one unit of `loop_cost` costs; null: 0"""
+    halting_threshold: Share | None = None
+    """act: halt from this probability on; null: 0.5"""
+    ponder_cost: NotNegative | None = None
+    """act: gain that every loop must bring more than the one before; null: 0.01"""
+    uncertainty_limit: NotNegative | None = None
+    """act: halt from this uncertainty on; null: 0.95"""
+    patience: Count | None = None
+    """loops running for which a rule must hold; null: 1"""
+    delay: CountOrZero | None = None
+    """loops after which a decision is acted on; null: 0"""
+    hysteresis: NotNegative | None = None
+    """share by which a threshold is looser for a comparison that held in the loop before; null: 0"""
+
+    def spec(self) -> dict[str, Any]:
+        """The scheduler as ``generate(scheduler=...)`` takes it: its type, and its own fields as far as given."""
+        names = SCHEDULER_FIELDS[self.type]
+        given = {name: getattr(self, SCHEDULER_NAMES.get(name, name)) for name in names}
+        return {"type": self.type} | {name: value for name, value in given.items() if value is not None}
 
 
 class SamplingSettings(Section):

@@ -8,7 +8,6 @@ from cognexis.errors import InvalidConfigError
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor", "sgd": "sgd"}
 _SCHEDULERS = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
-AVAILABLE_LOOP_MODES = ("fixed",)
 
 
 def training_arguments_of(config: RunConfig) -> dict[str, Any]:
@@ -53,20 +52,15 @@ def training_arguments_of(config: RunConfig) -> dict[str, Any]:
 
 
 def loop_keywords_of(config: RunConfig) -> dict[str, Any]:
-    """The loop keywords of ``generate()`` that the inference section asks for.
-
-    Raises:
-        InvalidConfigError: the section asks for a loop mode that this version does not run.
-    """
+    """The loop keywords of ``generate()`` that the inference section asks for."""
     inference = resolve(config).inference
-    if inference.loop_mode not in AVAILABLE_LOOP_MODES:
-        reason = f"this version runs {', '.join(AVAILABLE_LOOP_MODES)} only"
-        raise InvalidConfigError(
-            f"inference.loop_mode={inference.loop_mode!r}: {reason}",
-            path="inference.loop_mode",
-            value=inference.loop_mode,
-            reason=reason,
-        )
-    keywords: dict[str, Any] = {"loop_mode": inference.loop_mode, "min_loops": inference.min_loops}
-    keywords |= {n: getattr(inference, n) for n in ("num_loops", "max_loops") if getattr(inference, n) is not None}
+    names = ["loop_mode", "min_loops", "max_loops", "quality_tier", "halt_dependency"]
+    is_adaptive = inference.loop_mode != "fixed"
+    keywords = {name: getattr(inference, name) for name in (*names, *(() if is_adaptive else ("num_loops",)))}
+    keywords |= inference.compute_budget.model_dump()
+    keywords = {name: value for name, value in keywords.items() if value is not None}
+    if is_adaptive:
+        keywords["scheduler"] = inference.scheduler.spec()
+    if inference.cache_policy != "depth_indexed":
+        keywords["cache_policy"] = inference.cache_policy
     return keywords | ({"allow_extrapolation": True} if inference.research_override else {})

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from cognexis.artifacts.run_config.inference_section import SchedulerSettings
+from cognexis.artifacts.run_config.inference_section import SCHEDULER_NAMES, SchedulerSettings
 from cognexis.artifacts.run_config.other_sections import TokenizerSection
 from cognexis.artifacts.run_config.run_config import RunConfig
 from cognexis.configuration_cognexis import CognexisConfig
@@ -185,7 +185,7 @@ def _special_tokens(tokenizer: Any) -> dict[str, Any]:
 
 def _scheduler_of(scheduler: dict[str, Any]) -> dict[str, Any]:
     """The part of a scheduler's own settings that a run configuration knows."""
-    named = {"predicted_gain_threshold" if key == "gain_threshold" else key: scheduler[key] for key in scheduler}
+    named = {SCHEDULER_NAMES.get(key, key): value for key, value in scheduler.items()}
     return {key: value for key, value in named.items() if key in SchedulerSettings.model_fields and value is not None}
 
 

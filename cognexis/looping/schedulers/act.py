@@ -5,8 +5,9 @@
     effective_gain   = predicted_gain - risk_weight uncertainty - ponder_penalty
 
 A slot halts, always with the reason value_gain, where halt_probability >= halting_threshold, or effective_gain <=
-gain_threshold, or uncertainty >= uncertainty_limit. These three are not strict. Without an ``uncertainty`` in the
-observation the last test is left out, and ``risk_weight`` must be 0.
+gain_threshold, or uncertainty >= uncertainty_limit. These three are not strict. A test without its signal in the
+observation is left out, for a value head has one kind of output; the logit or the gain must be there, and a
+``risk_weight`` needs the uncertainty.
 
 Graves 2016, Adaptive Computation Time for Recurrent Neural Networks, accumulates halting probabilities over loops and
 trains with the penalty; here each loop is judged by itself and the penalty only raises the bar.
@@ -55,18 +56,21 @@ class ActScheduler(SoftScheduler):
         return frozenset({"predicted_gain"})
 
     def rules(self, observation: LoopObservation, diagnostics: dict[str, Any]) -> Rules:
-        probability = torch.sigmoid(-self.needed(observation, "continue_logit"))
-        gain: Any = self.needed(observation, "predicted_gain")
-        tests = [(probability, self.halting_threshold)]
+        loose, halts = 1 + self.hysteresis, torch.zeros(observation.shape, dtype=torch.bool, device=observation.device)
+        tests: list[tuple[str, Any, float]] = []
+        if observation.continue_logit is not None or observation.predicted_gain is None:
+            diagnostics["halt_probability"] = torch.sigmoid(-self.needed(observation, "continue_logit"))
+            tests.append(("probability", diagnostics["halt_probability"], self.halting_threshold))
         if observation.uncertainty is not None or self.risk_weight:
-            uncertainty = self.needed(observation, "uncertainty")
-            gain = effective_gain(gain, uncertainty, 0.0, risk_weight=self.risk_weight, latency_weight=0.0)
-            tests.append((uncertainty, self.uncertainty_limit))
-        penalty = self.ponder_cost * (observation.loops + 1)
-        gain = gain - penalty
-        diagnostics |= {"halt_probability": probability, "ponder_penalty": penalty, "effective_gain": gain}
-        loose = 1 + self.hysteresis
-        halts = self.keeps("gain", gain <= self.gain_threshold, gain <= self.gain_threshold * loose)
-        for place, (signal, limit) in enumerate(tests):
-            halts = halts | self.keeps(f"limit_{place}", signal >= limit, signal >= limit / loose)
+            tests.append(("uncertainty", self.needed(observation, "uncertainty"), self.uncertainty_limit))
+        for name, signal, limit in tests:
+            halts = halts | self.keeps(name, signal >= limit, signal >= limit / loose)
+        if observation.predicted_gain is not None:
+            gain: Any = self.needed(observation, "predicted_gain")
+            if self.risk_weight:
+                risk = self.needed(observation, "uncertainty")
+                gain = effective_gain(gain, risk, 0.0, risk_weight=self.risk_weight, latency_weight=0.0)
+            diagnostics["ponder_penalty"] = self.ponder_cost * (observation.loops + 1)
+            diagnostics["effective_gain"] = gain = gain - diagnostics["ponder_penalty"]
+            halts = halts | self.keeps("gain", gain <= self.gain_threshold, gain <= self.gain_threshold * loose)
         return [(halts, reason_code("value_gain"))]

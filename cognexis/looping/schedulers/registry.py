@@ -30,6 +30,8 @@ _BUILT_IN: dict[str, type[LoopScheduler]] = {
     "act": ActScheduler,
     "oracle": OracleScheduler,
 }
+FIELD_ALIASES = {"predicted_gain_threshold": "gain_threshold"}
+"""Names of fields in run configurations -> those of the schedulers, which know both."""
 _REGISTERED: dict[str, type[LoopScheduler]] = {}
 
 # Tier -> thresholds; balanced has the defaults of the schedulers.
@@ -76,12 +78,12 @@ def build_scheduler(spec: str | dict[str, Any] | LoopScheduler, *, allow_analysi
 
     Args:
         spec: a name, a dictionary with "type" and the fields that differ from the defaults, or a scheduler, which is
-            returned as it is.
+            returned as it is. Fields may have their names in run configurations, see ``FIELD_ALIASES``.
         allow_analysis: permit the oracle.
 
     Raises:
-        InvalidConfigError: an unknown type or field (the message names the nearest), a field that is missing or out
-            of range, or the oracle outside an analysis.
+        InvalidConfigError: an unknown type or field (the message names the nearest), a field that is missing, out of
+            range or given under both of its names, or the oracle outside an analysis.
     """
     if isinstance(spec, LoopScheduler):
         _check_oracle(isinstance(spec, OracleScheduler), allow_analysis)
@@ -95,7 +97,7 @@ def build_scheduler(spec: str | dict[str, Any] | LoopScheduler, *, allow_analysi
     name = one_of("scheduler.type", spec["type"], scheduler_names())
     cls = (_BUILT_IN | _REGISTERED)[name]
     _check_oracle(cls is OracleScheduler, allow_analysis)
-    fields = {key: value for key, value in spec.items() if key != "type"}
+    fields = _own_names({key: value for key, value in spec.items() if key != "type"}, cls)
     _check_names(name, fields, cls)
     return cls(**fields)
 
@@ -129,6 +131,16 @@ def tier_settings(tier: str, min_loops: int, max_loops: int) -> tuple[int, int, 
 def _check_oracle(is_oracle: bool, allow_analysis: bool) -> None:
     if is_oracle and not allow_analysis:
         raise field_error("scheduler", "oracle", "sees true losses and is for analysis only")
+
+
+def _own_names(fields: dict[str, Any], cls: type[LoopScheduler]) -> dict[str, Any]:
+    """``fields`` with the names that the constructor of ``cls`` knows."""
+    known = inspect.signature(cls).parameters
+    renamed = {alias: own for alias, own in FIELD_ALIASES.items() if alias in fields and own in known}
+    for alias, own in renamed.items():
+        if own in fields:
+            raise field_error(f"scheduler.{alias}", fields[alias], f"is {own}, which is given too")
+    return {renamed.get(key, key): value for key, value in fields.items()}
 
 
 def _check_names(name: str, fields: dict[str, Any], cls: type[LoopScheduler]) -> None:

@@ -27,7 +27,10 @@ from cognexis.artifacts.run_config import (
     training_arguments_of,
     write_resolved,
 )
+from cognexis.artifacts.run_config.inference_section import SCHEDULER_FIELDS, SchedulerSettings
 from cognexis.errors import InvalidConfigError, UnsafeOverrideError
+from cognexis.looping.options import LOOP_KEYWORDS
+from cognexis.looping.schedulers.registry import build_scheduler
 from tests.batteries.tiny import tiny_config
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -217,7 +220,7 @@ def test_training_arguments_are_accepted_by_transformers(tmp_path: Path) -> None
         training_arguments_of(load_run_config({}))
 
 
-def test_loop_keywords_are_those_of_generate_and_an_adaptive_mode_is_refused() -> None:
+def test_loop_keywords_are_those_of_generate() -> None:
     assert loop_keywords_of(load_run_config(TINY)) == {
         "loop_mode": "fixed",
         "num_loops": 4,
@@ -226,9 +229,37 @@ def test_loop_keywords_are_those_of_generate_and_an_adaptive_mode_is_refused() -
     }
     beyond = load_run_config(TINY, overrides=["inference.research_override=true", "inference.max_loops=16"])
     assert loop_keywords_of(beyond)["allow_extrapolation"] is True
-    adaptive = {"inference": {"loop_mode": "token_wise", "scheduler": {"type": "rule_based"}}}
-    with pytest.raises(InvalidConfigError, match="inference.loop_mode='adaptive_token': this version runs fixed only"):
-        loop_keywords_of(load_run_config(adaptive))
+
+
+def test_loop_keywords_of_an_adaptive_mode_hold_the_scheduler_and_the_budgets() -> None:
+    inference = {
+        "loop_mode": "token_wise",
+        "halt_dependency": "prefix",
+        "cache_policy": "last_exited",
+        "compute_budget": {"max_total_loops": 9},
+        "scheduler": {"type": "act", "predicted_gain_threshold": 0.1, "patience": 2, "confidence_threshold": 0.9},
+    }
+    keywords = loop_keywords_of(load_run_config(TINY | {"inference": inference}))
+    assert keywords == {
+        "loop_mode": "adaptive_token",
+        "min_loops": 1,
+        "max_loops": 8,
+        "halt_dependency": "prefix",
+        "cache_policy": "last_exited",
+        "max_total_loops": 9,
+        "scheduler": {"type": "act", "gain_threshold": 0.1, "patience": 2},
+    }
+    assert set(keywords) <= set(LOOP_KEYWORDS)
+    assert build_scheduler(keywords["scheduler"]).to_dict()["gain_threshold"] == 0.1
+
+
+@pytest.mark.parametrize("name", ["rule_based", "value_head", "hybrid", "act"])
+def test_run_configurations_and_schedulers_have_the_same_fields_and_defaults(name: str) -> None:
+    fields = build_scheduler(name).to_dict()
+    assert set(SCHEDULER_FIELDS[name]) == set(fields) - {"type"}
+    assert build_scheduler(SchedulerSettings(type=name).spec()).to_dict() == fields
+    described = run_config_of_checkpoint(tiny_config(value_head={"kind": "token"}), scheduler=fields)
+    assert build_scheduler(described.inference.scheduler.spec()).to_dict() == fields
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------

@@ -72,11 +72,12 @@ def test_hysteresis_loosens_all_three():
     assert halts(ActScheduler(hysteresis=1.0), "uncertainty", limits, **calm) == [False, True, True, False]
 
 
-@pytest.mark.parametrize("missing", ["predicted_gain", "continue_logit"])
-def test_both_outputs_of_the_head_are_needed(missing):
-    given = {name: 0.0 for name in ("predicted_gain", "continue_logit", "uncertainty") if name != missing}
-    with pytest.raises(InvalidConfigError, match=f"'act' needs {missing}"):
-        ActScheduler().observe(observation(1, **given))
+def test_a_head_with_one_output_suffices():
+    settings = {"ponder_cost": 0.1, "gain_threshold": 0.05}
+    assert halts(ActScheduler(**settings), "predicted_gain", [0.3, 0.3, 0.3]) == [False, True, True]
+    assert halts(ActScheduler(**settings), "continue_logit", [0.1, -0.1]) == [False, True]
+    with pytest.raises(InvalidConfigError, match="'act' needs continue_logit"):
+        ActScheduler().observe(observation(1, uncertainty=0.0))
 
 
 def test_defaults():

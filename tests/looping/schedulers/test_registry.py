@@ -316,3 +316,16 @@ def test_unknown_tiers_and_contradicting_bounds_are_refused():
         tier_settings("through", 1, 2)
     with pytest.raises(InvalidConfigError, match="max_loops=2: must be an integer of at least 3"):
         tier_settings("fast", 3, 2)
+
+
+@pytest.mark.parametrize("name", ["value_head", "hybrid", "act"])
+def test_gain_threshold_has_its_name_in_run_configurations_too(name):
+    scheduler = build_scheduler({"type": name, "predicted_gain_threshold": 0.25})
+    assert scheduler.to_dict()["gain_threshold"] == 0.25
+    with pytest.raises(InvalidConfigError, match="predicted_gain_threshold=0.25: is gain_threshold, which is given"):
+        build_scheduler({"type": name, "predicted_gain_threshold": 0.25, "gain_threshold": 0.25})
+
+
+def test_alias_belongs_to_schedulers_with_the_field():
+    with pytest.raises(InvalidConfigError, match="rule_based has no such field"):
+        build_scheduler({"type": "rule_based", "predicted_gain_threshold": 0.25})
