@@ -34,6 +34,7 @@ from cognexis.configuration_rules import (
     code_map_faults,
     config_error,
     derived_fields,
+    has_time_state,
     inherited_faults,
     nearest_name,
     read_json_file,
@@ -301,12 +302,31 @@ class CognexisConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """One entry per slot, in transformers' own words (global tokens need a cache that keeps everything)."""
+        """One entry per slot, in transformers' own words (see :meth:`slot_kind`)."""
         core = self.stage_layer_types("core")
         memory = ["full_attention"] * len(core) if self.input_injection == "attention_memory" else []
         kinds = [*self.stage_layer_types("prelude"), *self.stage_layer_types("coda"), *memory]
-        kinds += core * self.loop_slots
-        return ["full_attention"] * len(kinds) if self.global_tokens else kinds
+        return [self.slot_kind(kind) for kind in kinds + core * self.loop_slots]
+
+    def slot_kind(self, layer_type: str) -> str:
+        """What the slot of a layer holds: "linear_attention" stands for a state over time.
+
+        Global tokens need keys that are never dropped.
+        """
+        if has_time_state(layer_type):
+            return "linear_attention"
+        is_windowed = layer_type == "sliding_attention" and not self.global_tokens
+        return "sliding_attention" if is_windowed else "full_attention"
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether any layer attends to keys, and so depends on positions."""
+        return any(not has_time_state(kind) for stage in STAGES for kind in self.stage_layer_types(stage))
+
+    @property
+    def has_time_state(self) -> bool:
+        """Whether any layer carries a state over time."""
+        return any(has_time_state(kind) for stage in STAGES for kind in self.stage_layer_types(stage))
 
     def stage_layer_types(self, stage: str) -> list[str]:
         """The layer type of each block of ``stage`` ("prelude", "core" or "coda")."""
@@ -354,6 +374,7 @@ class CognexisConfig(PreTrainedConfig):
             "no_coda": self.num_coda_blocks == 0,
             "untied_head": not self.tie_word_embeddings,
             "no_final_norm": self.final_norm == "none",
+            "cortex_layers": self.has_time_state,
             "sliding_window": any("sliding_attention" in self.stage_layer_types(s) for s in STAGES),
             "global_tokens": self.global_tokens > 0,
             "stage_overrides": bool(self.stage_overrides),

@@ -17,7 +17,8 @@ from cognexis.errors import ConfigFault, InvalidConfigError
 FFN_ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu")
 GATED_ACTIVATIONS = ("swiglu", "geglu")
 NORM_TYPES = ("rmsnorm", "layernorm")
-LAYER_TYPES = ("full_attention", "sliding_attention")
+LAYER_TYPES = ("full_attention", "sliding_attention", "cortex")
+REGISTERED_LAYER_TYPES: dict[str, bool] = {}  # users' own, by name: whether the layer has a state over time
 STAGES = ("prelude", "core", "coda")
 HARD_MAX_LOOPS = 65_536
 
@@ -196,7 +197,8 @@ def architecture_faults(values: dict[str, Any], only: set[str] | None = None) ->
                 len(kinds) == v[f"num_{count}_blocks"],
                 f"needs num_{count}_blocks={v[f'num_{count}_blocks']}",
             )
-            rule(name, all(k in LAYER_TYPES for k in kinds), f"entries must be one of {', '.join(LAYER_TYPES)}")
+            known = (*LAYER_TYPES, *REGISTERED_LAYER_TYPES)
+            rule(name, all(k in known for k in kinds), f"entries must be one of {', '.join(known)}")
     sliding = any("sliding_attention" in (v[f"{s}_layer_types"] or ()) for s in STAGES)
     rule(
         "sliding_window",
@@ -230,9 +232,52 @@ def architecture_faults(values: dict[str, Any], only: set[str] | None = None) ->
         bool(states) == (v["state_retention"] == "selected"),
         "goes with state_retention='selected'",
     )
-    rule("cortex", v["cortex"] is None, "Cortex layers are not part of this version")
+    faults += _cortex_faults(v)
     faults += [fault.below("value_head") for fault in value_head_faults(v["value_head"])]
     return faults + _rope_faults(v) + _override_faults(v)
+
+
+def has_time_state(layer_type: str) -> bool:
+    """Whether layers of this type carry a state over time rather than keys and values."""
+    return layer_type == "cortex" or REGISTERED_LAYER_TYPES.get(layer_type, False)
+
+
+def mask_kind(layer_type: str) -> str:
+    """Which mask a layer of this type reads; registered layers without a state see all earlier tokens."""
+    if has_time_state(layer_type):
+        return "linear_attention"
+    return layer_type if layer_type in LAYER_TYPES else "full_attention"
+
+
+def _cortex_faults(v: dict[str, Any]) -> list[ConfigFault]:
+    """Every broken rule of Cortex layers; the library is imported only where there are some."""
+    stages = [stage for stage in STAGES if "cortex" in (v[f"{stage}_layer_types"] or ())]
+    settings = v["cortex"]
+    faults = []
+    if v["input_injection"] == "attention_memory" and any(map(has_time_state, v["core_layer_types"] or ())):
+        reason = "needs attention in the core, whose layers carry a state over time"
+        faults.append(ConfigFault("input_injection", v["input_injection"], reason))
+    if not stages:
+        return faults + ([] if settings is None else [ConfigFault("cortex", settings, "no layer type is cortex")])
+    if settings is None:
+        return [*faults, ConfigFault("cortex", None, 'cortex layers need a description, such as {"pattern": "AXMS"}')]
+    try:
+        from cognexis.cortex_layers.layer_settings import layer_faults, stage_settings
+    except ImportError as error:
+        return [
+            *faults,
+            ConfigFault("cortex", settings, f"cortex layers need the packages of cognexis[cortex]: {error}"),
+        ]
+    unused = [stage for stage in STAGES if stage in settings and stage not in stages]
+    faults += [ConfigFault(f"cortex.{stage}", settings[stage], "the stage has no cortex layer") for stage in unused]
+    for stage in stages:
+        inner = f"cortex.{stage}" if stage in settings else "cortex"
+        if not isinstance(described := stage_settings(settings, stage), dict):
+            faults.append(ConfigFault(inner, described, 'must describe a stack, such as {"pattern": "AXMS"}'))
+            continue
+        for name, reason in layer_faults(settings, stage, v["hidden_size"]):
+            faults.append(ConfigFault(f"{inner}.{name}" if name else inner, described, reason))
+    return list({str(fault): fault for fault in faults}.values())
 
 
 def value_head_faults(settings: dict[str, Any] | None) -> list[ConfigFault]:

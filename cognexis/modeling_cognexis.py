@@ -45,6 +45,7 @@ from cognexis.decoder.inputs import (
     packed_documents,
     readable_keys,
     real_tokens,
+    time_resets,
 )
 from cognexis.decoder.loss import causal_lm_loss
 from cognexis.decoder.masks import build_masks, require_maskable_attention, with_memory
@@ -54,6 +55,7 @@ from cognexis.decoder.outputs import CognexisCausalLMOutput, CognexisModelOutput
 from cognexis.decoder.recurrent_core import CoreOutput, LoopState, RecurrentCore
 from cognexis.decoder.rope import CognexisRotaryEmbedding
 from cognexis.decoder.stability import require_finite_states
+from cognexis.decoder.state_layer import CognexisStateBlock, ForeignBlock, StateLayer
 from cognexis.errors import CacheError, InvalidConfigError, NonFiniteError
 from cognexis.looping.options import (
     CALL_KEYWORDS,
@@ -76,7 +78,7 @@ class CognexisPreTrainedModel(CheckpointFiles, PreTrainedModel):  # type: ignore
     config: CognexisConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CognexisBlock", "RecurrentCore"]
+    _no_split_modules = ["CognexisBlock", "CognexisStateBlock", "RecurrentCore"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -87,6 +89,8 @@ class CognexisPreTrainedModel(CheckpointFiles, PreTrainedModel):  # type: ignore
         "hidden_states": [
             OutputRecorder(EmbeddingOutput, capture_initial_hidden_state=False),
             OutputRecorder(CognexisBlock, capture_initial_hidden_state=False),
+            OutputRecorder(CognexisStateBlock, capture_initial_hidden_state=False),
+            OutputRecorder(ForeignBlock, capture_initial_hidden_state=False),
             OutputRecorder(LoopState, capture_initial_hidden_state=False),
         ],
         "attentions": OutputRecorder(AttentionSite, index=1),
@@ -94,8 +98,12 @@ class CognexisPreTrainedModel(CheckpointFiles, PreTrainedModel):  # type: ignore
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        if (own := getattr(module, "own_start", None)) is not None:
+            start, prefix = own
+            start.draw(module, prefix)
+            return
         super()._init_weights(module)
-        if isinstance(module, TransformerBlock):
+        if isinstance(module, TransformerBlock | StateLayer):
             for learned in module.parameters(recurse=False):
                 init.constant_(learned, module.residual_scale_init)
         elif isinstance(module, nn.Linear):
@@ -257,6 +265,9 @@ class CognexisModel(CognexisPreTrainedModel):
             "past_key_values": past_key_values,
             **kwargs,
         }
+        if self.config.has_time_state:
+            parted = documents if self.config.document_boundary_attention else None
+            shared["resets"] = time_resets(attention_mask, parted, past_key_values, hidden_states)
         run = self.decode_step if length == 1 and past_key_values is not None else self.prefill
         loops = None
         if policy is not None:

@@ -20,18 +20,20 @@ _CELLS: dict[str, type["CellConfig"]] = {}
 _BLOCKS: dict[str, type["BlockConfig"]] = {}
 
 
-class _Config(BaseModel):
+class StrictConfig(BaseModel):
+    """Base of all configurations here: unknown fields are errors, numbers are finite."""
+
     model_config = ConfigDict(extra="forbid", validate_default=False, allow_inf_nan=False)
 
 
-class CellConfig(_Config):
+class CellConfig(StrictConfig):
     """Base of all cell configurations; subclass it for a cell of your own and give ``cell_type`` a default."""
 
     cell_type: str = ""
     hidden_size: Width | None = None
 
 
-class BlockConfig(_Config):
+class BlockConfig(StrictConfig):
     """Base of all block configurations; subclass it for a block of your own and give ``block_type`` a default."""
 
     block_type: str = ""
@@ -59,6 +61,11 @@ def _cell(value: Any) -> Any:
 
 def _block(value: Any) -> Any:
     return _by_tag(value, "block_type", _BLOCKS, "block")
+
+
+def config_by_tag(value: Any) -> Any:
+    """The configuration of a cell or a block from its dictionary, whichever tag it has."""
+    return _block(value) if isinstance(value, dict) and "block_type" in value else _cell(value)
 
 
 AnyCell = Annotated[SerializeAsAny[CellConfig], BeforeValidator(_cell)]
@@ -322,7 +329,7 @@ class AdapterBlockConfig(BlockConfig):
         return self
 
 
-class RouterConfig(_Config):
+class RouterConfig(StrictConfig):
     """How a column weighs its experts: a global prior, and a refinement per token."""
 
     d_key: Count | None = Field(default=None, ge=1)
@@ -362,7 +369,7 @@ class ColumnBlockConfig(BlockConfig):
 # -- stacks, and cells made of them ----------------------------------------------------------------------------------
 
 
-class CortexStackConfig(_Config):
+class CortexStackConfig(StrictConfig):
     """Blocks in sequence at one width, and a norm behind them."""
 
     blocks: list[AnyBlock]

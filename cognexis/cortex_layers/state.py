@@ -90,7 +90,8 @@ def fresh_state(
     part: Any, batch: int, *, device: torch.device | str, dtype: torch.dtype, traces: bool = True
 ) -> TensorDict:
     """The fresh state of a cell, block or stack; ``traces`` is handed to those that know the word."""
-    options = {"traces": traces} if _takes_traces(type(part)) else {}
+    kind: Any = type(part)
+    options = {"traces": traces} if _takes_traces(kind) else {}
     return part.init_state(batch, device=device, dtype=dtype, **options)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cognexis.decoder.block import TransformerBlock
 from cognexis.decoder.depth_cache import CachePolicy, DepthKeys, FirstLoop
 from cognexis.decoder.inputs import last_real_token
 from cognexis.decoder.recurrent_core import RecurrentCore
@@ -87,10 +88,12 @@ class AdaptiveRun:
             (h0.shape[0], h0.shape[1]),
             shares_first_loop=isinstance(policy, FirstLoop),
         )
-        self._stores_frozen = policy is not None and policy.is_exact and len(core.blocks) == 1
+        self._stores_frozen = policy is not None and policy.is_exact and isinstance(core.blocks[0], TransformerBlock)
+        self._stores_frozen &= len(core.blocks) == 1
         self.runs_all_loops = policy is not None and policy.is_exact and len(core.blocks) > 1
         self.waits = compaction == "exact" and self._is_separable and not torch.is_grad_enabled()
-        self._picks_tokens = all(isinstance(m, Tensor) and m.ndim == 4 for m in masks.values())
+        picks = core.state_layer is None and all(isinstance(m, Tensor) and m.ndim == 4 for m in masks.values())
+        self._picks_tokens = picks
         self.state = core.initial_state(h0, shared["position_ids"])
         self.previous = self.state
         self.states: list[Tensor] = []
@@ -138,7 +141,7 @@ class AdaptiveRun:
     def _advance_some(self, loop_index: int, active: Tensor, rows: Tensor, tokens: Tensor) -> None:
         length = active.shape[1]
         at = (rows[:, None], tokens)
-        if self._ran is not None and tokens.shape[1] < length:
+        if self._ran is not None and tokens.shape[1] < length and self._picks_tokens:
             self._freeze(self._ran[rows] & ~active[rows], rows)
         self.keys.choose(rows, tokens)
         state = self.state[at]
@@ -174,6 +177,8 @@ class AdaptiveRun:
         cos, sin = self.shared["position_embeddings"]
         picked["position_embeddings"] = (_picked(cos, rows, tokens), _picked(sin, rows, tokens))
         picked["position_ids"] = _picked(self.shared["position_ids"], rows, tokens)
+        if (resets := self.shared.get("resets")) is not None:
+            picked["resets"] = resets[rows]
         return picked
 
     def retained(self) -> tuple[Tensor, ...]:
@@ -235,6 +240,11 @@ class AdaptiveRun:
 
     def finish(self, loops: Tensor) -> None:
         """Hand the keys of the call to the cache; ``loops`` ``[B, T]`` were run."""
+        resets = self.shared.get("resets")
+        self.computed_tokens += self.keys.made_up_tokens
+        self.keys.commit_states(loops, self.core.entered(self.state, self.h0), resets)
+        if self.core.state_layer is not None:
+            return
         frozen = None
         if self._stores_frozen or self.keys.num_loops == 0:
             frozen = [self.core.frozen_keys(self.state, self.h0, self.shared["position_embeddings"])]

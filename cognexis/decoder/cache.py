@@ -8,8 +8,10 @@ for S cached tokens: key and value heads are stored once, never repeated for the
 request does not run stay empty. All loops of a request write every token, so one cache belongs to one loop count.
 
 Where tokens may run different numbers of loops, each core block has one slot for all of them: see ``depth_cache``.
+The slot of a layer with memory over time holds its state instead, whose size does not grow: see ``time_state``.
 """
 
+import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +26,7 @@ from transformers.cache_utils import (
 )
 
 from cognexis.decoder.depth_cache import CachePolicy, MixedDepthLayer, ReferenceDepthLayer, build_policy
+from cognexis.decoder.time_state import DepthStates, TimeStateLayer, TimeStateSlot
 from cognexis.errors import CacheError, InvalidConfigError
 
 
@@ -110,6 +113,8 @@ class CognexisCache(Cache):
 
     def _new_layer(self, layer_type: str) -> Any:
         window = self._config.sliding_window
+        if layer_type == "linear_attention":
+            return TimeStateLayer(self.capacity)
         if self.cache_type == "dynamic":
             return (
                 DynamicLayer() if layer_type == "full_attention" else DynamicSlidingWindowLayer(sliding_window=window)
@@ -134,11 +139,12 @@ class CognexisCache(Cache):
         if policy is not None:
             self.policy = build_policy(policy, config.kv_slots, config.num_recurrent_blocks)
             form = MixedDepthLayer if self._depth_form == "compact" else ReferenceDepthLayer
-            kinds = config.stage_layer_types("core")
-            windows = [None if kind == "full_attention" else config.sliding_window for kind in kinds]
-            if config.global_tokens:
-                windows = [None] * len(kinds)
-            self.layers[config.first_loop_slot :] = [form(self.policy, window) for window in windows]
+            self.layers[config.first_loop_slot :] = [
+                DepthStates()
+                if kind == "linear_attention"
+                else form(self.policy, config.sliding_window if kind == "sliding_attention" else None)
+                for kind in map(config.slot_kind, config.stage_layer_types("core"))
+            ]
         self.slots = slot_table(config, is_mixed=policy is not None)
 
     def bind_mixed(self, max_loops: int, policy: str) -> None:
@@ -190,15 +196,12 @@ class CognexisCache(Cache):
                 f"past_key_values: a static cache of kv_slots={self._config.kv_slots} loops cannot hold num_loops="
                 f"{num_loops}; raise kv_slots or use a dynamic cache"
             )
-        first_full = next((i for i, is_sliding in enumerate(self.is_sliding) if not is_sliding), None)
+        first_full = next((i for i, layer in enumerate(self.layers) if isinstance(layer, StaticLayer)), None)
         if self.cache_type == "static" and first_full is not None and not torch.compiler.is_compiling():
             self._require_room(self.layers[first_full], new_tokens)
         if missing:
-            kinds = self._config.stage_layer_types("core")
-            self.layers += [
-                self._new_layer("full_attention" if self._config.global_tokens else kinds[i % len(kinds)])
-                for i in range(len(missing))
-            ]
+            kinds = [self._config.slot_kind(kind) for kind in self._config.stage_layer_types("core")]
+            self.layers += [self._new_layer(kinds[i % len(kinds)]) for i in range(len(missing))]
             self.slots = slot_table(self._config, num_loops)
         self.num_loops = num_loops
 
@@ -239,6 +242,46 @@ class CognexisCache(Cache):
             return keys[:, :, -visible:], values[:, :, -visible:]
         return keys, values
 
+    def advance(self, stack: Any, x: Tensor, layer_idx: int, resets: Tensor | None = None) -> Tensor:
+        """Let a layer with memory over time read ``x`` ``[B, T, H]`` behind what slot ``layer_idx`` remembers.
+
+        Args:
+            stack: the layer's stack.
+            resets: bool ``[B, T]``, where the state begins anew.
+
+        Raises:
+            CacheError: the slot does not exist, was released, or holds another batch size, dtype or device.
+        """
+        self._require_live()
+        if layer_idx >= len(self.layers):
+            raise CacheError(f"past_key_values: slot {layer_idx} does not exist, the cache has {len(self.layers)}")
+        layer = self.layers[layer_idx]
+        if layer.is_initialized:
+            for name, old, given in (
+                ("batch size", layer.num_rows, x.shape[0]),
+                ("dtype", layer.dtype, x.dtype),
+                ("device", layer.device, x.device),
+            ):
+                if old != given:
+                    raise CacheError(
+                        f"past_key_values: slot {layer_idx} holds {name} {old}, the new tokens have {given}"
+                    )
+        return layer.advance(stack, x, resets)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Tokens in slot ``layer_idx``; where that is the first, which a layer may leave empty, in any used one."""
+        return super().get_seq_length(layer_idx or self._used_like(0))
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Number of keys and offset for ``query_length`` new tokens in slots like ``layer_idx``."""
+        return super().get_mask_sizes(query_length, self._used_like(layer_idx))
+
+    def _used_like(self, layer_idx: int) -> int:
+        """The first slot from ``layer_idx`` on that holds tokens and has a window, or none, as that slot."""
+        kinds = self.is_sliding[layer_idx:]
+        used = (i for i, kind in enumerate(kinds, layer_idx) if kind == kinds[0] and self.layers[i].is_initialized)
+        return next(used, layer_idx)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest ``-tokens_to_remove`` tokens (a count that is zero or negative, as in transformers).
 
@@ -256,6 +299,9 @@ class CognexisCache(Cache):
             raise CacheError("past_key_values: a static cache cannot be cropped; use a dynamic one")
         used = [layer for layer in self.layers if layer.is_initialized]  # slots of loops that ran
         for layer in used if tokens_to_remove else ():
+            if isinstance(layer, TimeStateSlot):
+                layer.require_recorded(-tokens_to_remove)
+                continue
             dropped = layer.is_sliding and layer.get_seq_length() >= layer.sliding_window
             if dropped and not getattr(layer, "record_past", False):
                 raise CacheError(
@@ -294,6 +340,8 @@ class CognexisCache(Cache):
         if not self.is_released:
             super().reset()
         for layer in self.layers:
+            if isinstance(layer, TimeStateSlot):
+                layer.reset()
             layer.keys = layer.values = None
             layer.is_initialized = False
         self.num_loops = None
@@ -306,7 +354,12 @@ class CognexisCache(Cache):
 
     def memory_bytes(self) -> int:
         """Bytes held by all slots."""
-        tensors = [t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)]
+        used = [layer for layer in self.layers if layer.is_initialized]
+        tensors = [
+            tensor
+            for layer in used
+            for tensor in (layer.stored_tensors() if isinstance(layer, TimeStateSlot) else (layer.keys, layer.values))
+        ]
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
@@ -329,6 +382,11 @@ class PeekKeys:
         keys, values = layer.keys[:, :, -visible:], layer.values[:, :, -visible:]
         return torch.cat((keys, key_states), dim=2), torch.cat((values, value_states), dim=2)
 
+    def advance(self, stack: Any, x: Tensor, layer_idx: int, resets: Tensor | None = None) -> Tensor:
+        """What ``stack`` makes of ``x`` ``[B, T, H]`` behind the state of the slot."""
+        layer = TimeStateLayer() if self.cache is None else self.cache.layers[layer_idx]
+        return layer.peek(stack, x, resets)
+
 
 def _require_same_kind(layer: Any, new: Tensor, layer_idx: int) -> None:
     held = layer.keys
@@ -349,7 +407,8 @@ def _layout(config: Any) -> tuple[Any, ...]:
     heads = tuple(config.block_spec(stage).num_key_value_heads for stage in stages)
     kinds = tuple(tuple(config.stage_layer_types(stage)) for stage in stages)
     memory = config.input_injection == "attention_memory"
-    return kinds, heads, config.head_dim, config.sliding_window, config.global_tokens > 0, memory
+    stacks = json.dumps(config.cortex, sort_keys=True)
+    return kinds, heads, config.head_dim, config.sliding_window, config.global_tokens > 0, memory, stacks
 
 
 def bind_cache(cache: Any, config: Any, num_loops: int, new_tokens: int, policy: str | None = None) -> None:
@@ -378,10 +437,9 @@ def bind_cache(cache: Any, config: Any, num_loops: int, new_tokens: int, policy:
         else:
             cache.bind_mixed(num_loops, policy)
         return
-    if policy is not None:
-        raise CacheError(
-            f"past_key_values: tokens of different loop counts need a CognexisCache, got {type(cache).__name__}"
-        )
+    if policy is not None or config.has_time_state:
+        what = "states over time" if policy is None else "tokens of different loop counts"
+        raise CacheError(f"past_key_values: {what} need a CognexisCache, got {type(cache).__name__}")
     lengths = [cache.get_seq_length(i) for i in range(len(cache.layers))]
     on_device = any(isinstance(n, Tensor) and n.device.type != "cpu" for n in lengths)
     if torch.compiler.is_compiling() or on_device:

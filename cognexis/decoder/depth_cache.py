@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from cognexis.decoder.time_state import DepthStates
+
 Pair = tuple[Tensor, Tensor]
 
 
@@ -386,11 +388,14 @@ class DepthKeys:
         self._current: list[Pair | None] = [None] * num_blocks  # what every token shows to the loop at hand
         self._rows: Tensor | None = None
         self._tokens: Tensor | None = None
+        self._stacks: dict[int, Any] = {}  # by block: layers with memory over time, and below what their loops left
+        self._states: dict[int, dict[int, list[tuple[Tensor, Any]]]] = {}
+        self.made_up_tokens = 0  # steps that states over time had left out before
 
     @property
     def num_loops(self) -> int:
         """Loops collected so far."""
-        return len(self._loops[0])
+        return max(*map(len, self._loops), *map(len, self._states.values()), 0)
 
     def choose(self, rows: Tensor | None, tokens: Tensor | None) -> None:
         """The next loop computes ``tokens`` ``[R, A]`` of ``rows`` ``[R]`` only; None means all of all."""
@@ -423,6 +428,35 @@ class DepthKeys:
             return shown
         return torch.cat((past[0], shown[0]), dim=2), torch.cat((past[1], shown[1]), dim=2)
 
+    def advance(self, stack: Any, x: Tensor, layer_idx: int, resets: Tensor | None = None) -> Tensor:
+        """Let a layer with memory over time read the loop at hand, for all tokens of the chosen rows.
+
+        Args:
+            stack: the layer's stack.
+            x: ``[R, T, H]``.
+            layer_idx: slot of the loop, which tells block and loop.
+            resets: bool ``[R, T]``, where the state begins anew.
+        """
+        loop, block = divmod(layer_idx - self.first_slot, self.num_blocks)
+        layer = DepthStates() if self.layers is None else self.layers[block]
+        y, states, made_up = layer.run(loop + 1, stack, x, resets, self._rows)
+        self._stacks[block] = stack
+        self._states.setdefault(block, {})[loop + 1] = states
+        self.made_up_tokens += made_up
+        return y
+
+    def commit_states(self, loops: Tensor, inputs: Tensor, resets: Tensor | None) -> None:
+        """Store the states of the call.
+
+        Args:
+            loops: ``[B, T]`` loops that the tokens ran.
+            inputs: ``[B, T, H]``, what deeper loops would read of the tokens.
+            resets: bool ``[B, T]``, where states begin anew.
+        """
+        for block, layer in enumerate(self.layers or ()):
+            if isinstance(layer, DepthStates):
+                layer.commit(self._states.get(block, {}), self._stacks.get(block), inputs, resets, loops)
+
     def freeze(self, rows: Tensor, tokens: Tensor, pair: Pair) -> None:
         """Let tokens that just stopped show ``pair`` ``[R, G, A, D]`` to deeper loops; for a core of one block."""
         if not self.shares_first_loop:
@@ -451,6 +485,8 @@ class DepthKeys:
                 policy does not read them.
         """
         for block, layer in enumerate(self.layers or ()):
+            if isinstance(layer, DepthStates):
+                continue
             collected = self._loops[block]
             last = collected[-1] if frozen is None else frozen[block]
             stacked = []

@@ -9,7 +9,7 @@ loops fits, and a request that runs out of time in the middle of one returns wha
 import copy
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -90,7 +90,17 @@ class LoopedGenerationMixin(_GenerationMixin):
             NonFiniteError: the logits are NaN or infinite.
             BudgetExceededError: a budget does not suffice for a single token.
             ArtifactMismatchError: ``tokenizer`` or the streamer's is not the one that the configuration names.
+            BackendError: the scheduler failed.
+
+        A streamer ends before an error is raised; ours hands on an event that names it.
         """
+        try:
+            return self._generate_looped(inputs, generation_config, kwargs)
+        except Exception as error:
+            _end_stream(kwargs.get("streamer"), error)
+            raise
+
+    def _generate_looped(self, inputs: Any, generation_config: Any, kwargs: dict[str, Any]) -> Any:
         _use_names_of_aliases(kwargs)
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         check_prompt(self.config, prompt, kwargs)
@@ -225,10 +235,10 @@ class LoopedGenerationMixin(_GenerationMixin):
         except BudgetExceededError:
             if session is not None:
                 session.abandon_pass(kwargs.get("loop_recorder"))
-            if (streamer := kwargs.get("streamer")) is not None:
-                streamer.end()
             if session is None or session.sequences is None:
                 raise
+            if (streamer := kwargs.get("streamer")) is not None:
+                streamer.end()
             wants_dict = kwargs.get("return_dict_in_generate") or getattr(
                 generation_config or self.generation_config, "return_dict_in_generate", False
             )
@@ -475,6 +485,13 @@ def _use_names_of_aliases(kwargs: dict[str, Any]) -> None:
         if kwargs.get(name) is not None:
             raise InvalidConfigError(f"{alias}={value!r}: is {name}, which is given too", path=alias, value=value)
         kwargs[name] = value
+
+
+def _end_stream(streamer: Any, error: Exception) -> None:
+    """Let those who read ``streamer`` know that nothing more comes; the error counts, not a fault of the streamer."""
+    if streamer is not None:
+        with suppress(Exception):
+            streamer.fail(error) if hasattr(streamer, "fail") else streamer.end()
 
 
 def _first_set(name: str, *configs: Any) -> Any:

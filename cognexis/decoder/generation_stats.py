@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from cognexis.looping.options import LoopOptions
+from cognexis.looping.schedulers.guard import scheduler_fault
 from cognexis.looping.session import LoopSession
 from cognexis.looping.trace import LoopRecorder
 
@@ -143,9 +144,11 @@ def _origins(result: Any, session: LoopSession | None, rows: int, num_tokens: in
 
 def _scheduler_facts(options: LoopOptions) -> dict[str, Any]:
     assert options.scheduler is not None
+    with scheduler_fault(options.scheduler, "finish"):
+        summary = options.scheduler.finish()
     return {
         "scheduler": options.scheduler.to_dict(),
         "halt_dependency": options.halt_dependency or "prefix",
         "quality_tier": options.quality_tier,
-        "scheduler_summary": options.scheduler.finish(),
+        "scheduler_summary": summary,
     }

@@ -12,6 +12,7 @@ from torch import Tensor
 from cognexis.decoder.masks import document_positions, find_documents
 from cognexis.errors import InvalidConfigError, InvalidTokenIdError, ShapeMismatchError
 
+_PADDED_STATE = "attention_mask: padding behind real tokens would enter the states over time; pad on the left"
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
@@ -122,6 +123,52 @@ def real_tokens(attention_mask: Any, documents: Tensor | None, hidden_states: Te
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         return attention_mask[:, -length:].to(hidden_states.device) != 0
     return torch.ones(batch_size, length, dtype=torch.bool, device=hidden_states.device)
+
+
+def time_resets(
+    attention_mask: Any, documents: Tensor | None, past_key_values: Any, hidden_states: Tensor
+) -> Tensor | None:
+    """Bool ``[B, T]``: new tokens before which states over time begin anew; None where none does.
+
+    A state begins anew at the first real token of a row and at the start of every packed document.
+
+    Args:
+        attention_mask: ``[B, past + T]``, masks by layer type with that one under "linear_attention", or None.
+        documents: ``[B, T]`` document numbers, -1 at padding; None where documents are open to each other.
+        past_key_values: the cache, or None.
+        hidden_states: ``[B, T, H]``; only shape and device are read.
+
+    Raises:
+        InvalidConfigError: a finished mask, which does not say what is padding, or padding between real tokens.
+    """
+    length, device = hidden_states.shape[1], hidden_states.device
+    if documents is not None:
+        starts = torch.zeros_like(documents, dtype=torch.bool)
+        starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        return starts.to(device)
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask.get("linear_attention")
+    if attention_mask is None:
+        return None
+    if length == 1 and past_key_values is not None and any(layer.is_initialized for layer in past_key_values.layers):
+        if attention_mask.ndim == 2 and _is_readable(attention_mask) and not bool(attention_mask[:, -2:-1].all()):
+            raise InvalidConfigError(_PADDED_STATE, path="attention_mask")
+        return None
+    if attention_mask.ndim != 2:
+        raise InvalidConfigError(
+            "attention_mask: layers with memory over time need to know which tokens are padding; pass a mask of two "
+            "axes [B, tokens], or document_ids",
+            path="attention_mask",
+        )
+    is_real = attention_mask != 0
+    seen = is_real.long().cumsum(dim=-1)
+    starts = (is_real & (seen == 1))[:, -length:]
+    if not _is_readable(is_real):
+        return starts.to(device)
+    ends = is_real[:, :-1] & ~is_real[:, 1:]
+    if bool((ends & (seen[:, -1:] > seen[:, :-1])).any()):
+        raise InvalidConfigError(_PADDED_STATE, path="attention_mask")
+    return starts.to(device) if bool(starts[:, 1:].any()) else None
 
 
 def last_real_token(is_real: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from cognexis.configuration_rules import STAGES, mask_kind
 from cognexis.errors import InvalidConfigError, ShapeMismatchError
 
 
@@ -97,6 +98,8 @@ def build_masks(
 ) -> dict[str, Any]:
     """Attention masks by layer type, in the form that the chosen attention implementation wants.
 
+    Layers with memory over time want the mask ``[B, S]`` itself, under "linear_attention".
+
     Args:
         config: the model's configuration.
         inputs_embeds: ``[B, T, H]``; only shape, dtype and device are read.
@@ -108,6 +111,7 @@ def build_masks(
     """
     if isinstance(attention_mask, dict):
         return attention_mask
+    two_axes = attention_mask
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 and attention_mask.dtype.is_floating_point:
         # A row that sees nothing gives zeros in every implementation only if hidden means minus infinity.
         is_hidden = attention_mask <= torch.finfo(attention_mask.dtype).min / 2
@@ -118,7 +122,7 @@ def build_masks(
         "attention_mask": attention_mask,
         "past_key_values": past_key_values,
     }
-    kinds = {kind for stage in ("prelude", "core", "coda") for kind in config.stage_layer_types(stage)}
+    kinds = {mask_kind(layer_type) for stage in STAGES for layer_type in config.stage_layer_types(stage)}
     has_memory = config.input_injection == "attention_memory"
     if has_memory:
         kinds.add("full_attention")
@@ -131,7 +135,9 @@ def build_masks(
             arguments["and_mask_function"] = _same_document(documents)
         else:
             arguments["position_ids"] = position_ids
-    masks = {}
+    masks: dict[str, Any] = {}
+    if "linear_attention" in kinds and isinstance(two_axes, Tensor) and two_axes.ndim == 2:
+        masks["linear_attention"] = two_axes
     if "full_attention" in kinds:
         masks["full_attention"] = create_causal_mask(**arguments)
     if "sliding_attention" in kinds:

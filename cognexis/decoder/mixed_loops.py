@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cognexis.configuration_rules import has_time_state
 from cognexis.decoder.adaptive_run import AdaptiveRun
 from cognexis.decoder.cache import PeekKeys
 from cognexis.decoder.inputs import last_real_token
 from cognexis.decoder.recurrent_core import CoreOutput
+from cognexis.decoder.state_layer import is_attention
 from cognexis.errors import InvalidConfigError, NonFiniteError, ShapeMismatchError
 from cognexis.looping.cost import core_flops_per_token
 from cognexis.looping.driver import LoopBounds, LoopTrace, run_loops
@@ -80,6 +82,19 @@ def check_mixed(body: Any, options: LoopOptions, batch_size: int, length: int) -
             "loop_mode: tokens of different loop counts carry gradients through all of them; set backprop_loops=None "
             "and a state_retention other than checkpointed",
             path="backprop_loops",
+        )
+    core_kinds = body.config.stage_layer_types("core")
+    if foreign := [kind for kind in core_kinds if not (is_attention(kind) or has_time_state(kind))]:
+        raise InvalidConfigError(
+            f"loop_mode: the core has layers of type {foreign[0]!r}, whose keys at frozen states are not known; use a "
+            "fixed number of loops",
+            path="loop_mode",
+        )
+    if options.cache_policy != "depth_indexed" and any(map(has_time_state, core_kinds)):
+        raise InvalidConfigError(
+            f"cache_policy={options.cache_policy!r}: states over time have the exact form only; use depth_indexed",
+            path="cache_policy",
+            value=options.cache_policy,
         )
     if options.scheduler is not None and "predicted_gain" in options.scheduler.signals and body.value_head is None:
         raise InvalidConfigError(

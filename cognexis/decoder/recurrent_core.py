@@ -34,10 +34,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cognexis.decoder.attention import CognexisAttention
+from cognexis.configuration_rules import has_time_state
 from cognexis.decoder.block import TransformerBlock
-from cognexis.decoder.block_stack import drawn_skip
+from cognexis.decoder.block_stack import block_inputs, drawn_skip
 from cognexis.decoder.norm import build_norm, compute_dtype
+from cognexis.decoder.state_layer import ForeignBlock, StateLayer, is_attention
 from cognexis.errors import InvalidConfigError
 from cognexis.looping.driver import LoopTrace
 from cognexis.looping.token_mask import HaltState
@@ -119,19 +120,28 @@ class RecurrentCore(nn.Module):
         self.layer_types = config.stage_layer_types("core")
         has_memory = config.input_injection == "attention_memory"
         first_memory_slot = config.num_prelude_blocks + config.num_coda_blocks
-        self.blocks = nn.ModuleList(
-            TransformerBlock(
+        residual: dict[str, Any] = {
+            "residual_mode": config.recurrent_residual_mode,
+            "residual_scale": config.residual_scale,
+        }
+
+        def block(index: int, layer_type: str) -> nn.Module:
+            slots = [self._slot(index, loop) for loop in range(config.kv_slots)]
+            if has_time_state(layer_type):
+                return StateLayer(config, layer_type, "core", slots, **residual)
+            if not is_attention(layer_type):
+                return ForeignBlock(config, layer_type, "core", slots)
+            return TransformerBlock(
                 config,
                 spec,
-                [self._slot(index, loop) for loop in range(config.kv_slots)],
+                slots,
                 sliding_window=config.sliding_window if layer_type == "sliding_attention" else None,
                 memory_slot=first_memory_slot + index if has_memory else None,
                 sandwich=config.recurrent_norm == "sandwich",
-                residual_mode=config.recurrent_residual_mode,
-                residual_scale=config.residual_scale,
+                **residual,
             )
-            for index, layer_type in enumerate(self.layer_types)
-        )
+
+        self.blocks = nn.ModuleList(block(index, kind) for index, kind in enumerate(self.layer_types))
         self.gate = CoreGate(config) if config.recurrent_gating else None
         self.injection_proj: Any = None
         if config.input_injection == "residual" and config.injection_projection == "linear":
@@ -148,14 +158,20 @@ class RecurrentCore(nn.Module):
         return int(self.config.first_loop_slot + loop_index * len(self.layer_types) + block_index)
 
     @property
-    def _attentions(self) -> list[CognexisAttention]:
-        return [block.attention for block in self.blocks]  # type: ignore[misc]
+    def state_layer(self) -> StateLayer | None:
+        """The only block, where that carries a state over time."""
+        block = self.blocks[0]
+        return block if isinstance(block, StateLayer) and len(self.blocks) == 1 else None
 
     def add_sites(self, num_loops: int) -> None:
-        """Make sure that loops 1..``num_loops`` have attention sites; new ones hold no parameters."""
-        for index, attention in enumerate(self._attentions):
-            for loop in range(len(attention.sites), num_loops):
-                attention.add_site(self.config, self.config.block_spec("core"), self._slot(index, loop))
+        """Make sure that loops 1..``num_loops`` have a slot in every block; new ones hold no parameters."""
+        for index, block in enumerate(self.blocks):
+            if isinstance(block, StateLayer):
+                for loop in range(len(block.slots), num_loops):
+                    block.add_slot(self._slot(index, loop))
+            elif isinstance(block, TransformerBlock):
+                for loop in range(len(block.attention.sites), num_loops):
+                    block.attention.add_site(self.config, self.config.block_spec("core"), self._slot(index, loop))
 
     def inject(self, state: Tensor, h0: Tensor) -> Tensor:
         """Bring h_0 back into ``state``; both ``[B, T, H]``."""
@@ -173,16 +189,17 @@ class RecurrentCore(nn.Module):
         loop_index: int,
         masks: dict[str, Any],
         memories: list[Any],
+        resets: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """One application of the core; returns the new state and the gate."""
         if self.training and drawn_skip(self.config.recurrent_stochastic_depth):
             return state, None
-        at_entry = self.config.injection_site == "pre"
-        update = self.inject(state, h0) if at_entry else state
+        update = self.entered(state, h0)
         for block, layer_type, memory in zip(self.blocks, self.layer_types, memories, strict=True):
-            update = block(update, attention_mask=masks[layer_type], loop_index=loop_index, memory=memory, **kwargs)
-        update = update if at_entry else self.inject(update, h0)
+            own = block_inputs(layer_type, masks, resets) | ({} if memory is None else {"memory": memory})
+            update = block(update, loop_index=loop_index, **own, **kwargs)
+        update = self.inject(update, h0) if self.config.injection_site == "post" else update
         gate = None
         if self.gate is not None:
             gate = self.gate(state, h0, loop_index)
@@ -273,15 +290,19 @@ class RecurrentCore(nn.Module):
         if self.memory_norm is None:
             return [None] * len(self.blocks)
         source = self.memory_norm(h0)
-        return [a.project_memory(source, position_embeddings, past_key_values) for a in self._attentions]
+        blocks: Any = self.blocks
+        return [b.attention.project_memory(source, position_embeddings, past_key_values) for b in blocks]
 
     def frozen_keys(
         self, state: Tensor, h0: Tensor, position_embeddings: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, G, T, D]`` that a core of one block makes of ``state`` ``[B, T, H]`` in any loop."""
-        source = self.inject(state, h0) if self.config.injection_site == "pre" else state
         block: Any = self.blocks[0]
-        return block.attention.project_keys(block.attention_norm(source), position_embeddings)
+        return block.attention.project_keys(block.attention_norm(self.entered(state, h0)), position_embeddings)
+
+    def entered(self, state: Tensor, h0: Tensor) -> Tensor:
+        """What the first block reads ``[B, T, H]`` of ``state`` ``[B, T, H]`` in any loop."""
+        return self.inject(state, h0) if self.config.injection_site == "pre" else state
 
     def initial_state(self, h0: Tensor, position_ids: Tensor) -> Tensor:
         """The state ``[B, T, H]`` before the first loop."""

@@ -27,22 +27,24 @@ class StepEvent:
     """What one generation step produced.
 
     Attributes:
-        token_id: the new token.
+        token_id: the new token; None on the event of a failure.
         text_delta: text that became complete with it; empty without a tokenizer.
-        loop_count: loops behind the token.
-        effective_depth: blocks behind the token.
+        loop_count: loops behind the token; 0 on the event of a failure.
+        effective_depth: blocks behind the token; 0 on the event of a failure.
         halt_reason: why its loops stopped.
         safety_issue: always None here; serving fills it.
-        stop_reason: on the last event, why generation ended; None before.
+        stop_reason: on the last event, why generation ended, "error" after a failure; None before.
+        error: on the event of a failure the ``code`` of the error, "internal" if it is none of ours; None elsewhere.
     """
 
-    token_id: int
+    token_id: int | None
     text_delta: str
     loop_count: int
     effective_depth: int
     halt_reason: str
     safety_issue: str | None
     stop_reason: str | None
+    error: str | None = None
 
 
 class StepEventStreamer(BaseStreamer):
@@ -63,6 +65,8 @@ class StepEventStreamer(BaseStreamer):
         self.events: list[StepEvent] = []
         self._queue: SimpleQueue[StepEvent | None] = SimpleQueue()
         self._recorder: LoopRecorder | None = None
+        self._tokens: list[int] = []
+        self._emitted = 0
 
     def watch(self, recorder: LoopRecorder, config: Any, stops: StopSettings) -> None:
         """Connect to a generation about to start; called by ``generate``."""
@@ -93,6 +97,13 @@ class StepEventStreamer(BaseStreamer):
                 self._emit(reason if self._emitted == len(self._tokens) - 1 else None)
         self._queue.put(None)
 
+    def fail(self, error: Exception) -> None:
+        """Hand on what is complete, then the event of the failure; called by ``generate`` before it raises."""
+        if self._recorder is not None:
+            self._emit_known()
+        self._hand_on(StepEvent(None, "", 0, 0, "error", None, "error", getattr(error, "code", "internal")))
+        self._queue.put(None)
+
     def _emit_known(self) -> None:
         """Hand on the events whose loops are recorded; of tokens decoded together the record comes afterwards."""
         assert self._recorder is not None
@@ -112,6 +123,9 @@ class StepEventStreamer(BaseStreamer):
             stop_reason=reason,
         )
         self._emitted += 1
+        self._hand_on(event)
+
+    def _hand_on(self, event: StepEvent) -> None:
         self.events.append(event)
         self._queue.put(event)
         if self.on_event is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cognexis.looping.budget import RequestBudget
-from cognexis.looping.cost import core_flops_per_token, token_bytes
+from cognexis.looping.cost import core_flops_per_token, loop_state_bytes, token_bytes
 from cognexis.looping.trace import LoopRecorder
 
 
@@ -72,7 +72,12 @@ class LoopSession:
             return None
         without_loops = token_bytes(config, 0, itemsize)
         left = limit - cache.memory_bytes() - rows * new_tokens * without_loops
-        loops = max(0, left // (rows * new_tokens * (token_bytes(config, 1, itemsize) - without_loops)))
+        per_loop = rows * new_tokens * (token_bytes(config, 1, itemsize) - without_loops)
+        if per_loop == 0:  # a core without keys: only loops that no token has run yet take memory
+            known = len(getattr(cache.depth_layers[0], "states", ()))
+            new_loops = left // max(1, rows * loop_state_bytes(config, itemsize))
+            return 0 if left < 0 else known + new_loops
+        loops = max(0, left // per_loop)
         if config.num_recurrent_blocks == 1:
             return loops
         return None if cache.num_loops is None else cache.num_loops * (loops + 1 >= cache.num_loops)
@@ -83,9 +88,9 @@ class LoopSession:
             return None
         flops = core_flops_per_token(config, num_tokens)
         spent = ~budget.affords(min_loops, flops if self._cache is not None else num_tokens * flops)
-        keys = None if self._cache is None else self._cache.layers[0].keys
-        if keys is not None:
-            fitting = self.loops_that_fit(config, self._cache, len(spent), 1, keys.element_size())
+        slot = None if self._cache is None else self._cache.layers[0]
+        if slot is not None and slot.is_initialized:
+            fitting = self.loops_that_fit(config, self._cache, len(spent), 1, slot.dtype.itemsize)
             spent = spent | (fitting is not None and fitting < min_loops)
         return torch.ones_like(spent) if budget.is_late(min_loops) else spent
 
