@@ -21,6 +21,7 @@ from cognexis.looping.cost import core_flops_per_token
 from cognexis.looping.driver import LoopBounds, LoopTrace, run_loops
 from cognexis.looping.options import LoopOptions
 from cognexis.looping.schedulers.base import SchedulerContext, reason_code, reason_name
+from cognexis.looping.schedulers.guard import scheduler_fault
 from cognexis.looping.session import LoopSession
 
 
@@ -156,9 +157,9 @@ def run_mixed(
     if options.scheduler is not None and (session is None or session.is_first_pass):
         options.scheduler.keeps_record = record if session is None else session.keeps_record
         name = "forward" if session is None else session.request_id
-        options.scheduler.begin_request(
-            SchedulerContext(name, options.min_loops, options.num_loops, quality_tier=options.quality_tier)
-        )
+        context = SchedulerContext(name, options.min_loops, options.num_loops, quality_tier=options.quality_tier)
+        with scheduler_fault(options.scheduler, "begin_request"):
+            options.scheduler.begin_request(context)
     trace = LoopTrace() if record else None
     limits = None if options.row_loops is None else options.row_loops.to(h0.device)[:, None]
     state = run_loops(

@@ -72,9 +72,7 @@ class StepEventStreamer(BaseStreamer):
         """Connect to a generation about to start; called by ``generate``."""
         self._recorder, self._config, self._stops = recorder, config, stops
         self._prompt_length: int | None = None
-        self._tokens: list[int] = []
-        self._text = ""
-        self._emitted = 0
+        self._tokens, self._emitted, self._text = [], 0, ""
 
     def put(self, value: Tensor) -> None:
         """Take the prompt (first call) or new tokens of one sequence."""
@@ -99,10 +97,12 @@ class StepEventStreamer(BaseStreamer):
 
     def fail(self, error: Exception) -> None:
         """Hand on what is complete, then the event of the failure; called by ``generate`` before it raises."""
-        if self._recorder is not None:
-            self._emit_known()
-        self._hand_on(StepEvent(None, "", 0, 0, "error", None, "error", getattr(error, "code", "internal")))
-        self._queue.put(None)
+        try:
+            if self._recorder is not None:
+                self._emit_known()
+            self._hand_on(StepEvent(None, "", 0, 0, "error", None, "error", getattr(error, "code", "internal")))
+        finally:
+            self._queue.put(None)
 
     def _emit_known(self) -> None:
         """Hand on the events whose loops are recorded; of tokens decoded together the record comes afterwards."""

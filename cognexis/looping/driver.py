@@ -21,7 +21,7 @@ from torch import Tensor
 from cognexis.errors import BudgetExceededError
 from cognexis.looping.budget import PassBudget
 from cognexis.looping.schedulers.base import LoopDecision, LoopObservation, LoopScheduler, reason_code
-from cognexis.looping.schedulers.guard import apply_bounds
+from cognexis.looping.schedulers.guard import apply_bounds, scheduler_fault
 from cognexis.looping.token_mask import HaltState, may_halt
 
 
@@ -130,6 +130,7 @@ def run_loops(
     Raises:
         BudgetExceededError: the budget has no room for the smallest number of loops, or time ends before.
         InvalidConfigError, ShapeMismatchError: the scheduler's answer is no decision about what it was shown.
+        BackendError: the scheduler failed.
     """
     state = HaltState.begin(takes_part)
     if budget is not None:
@@ -210,7 +211,9 @@ def _decide(
         nothing = torch.zeros(shape, dtype=torch.bool, device=state.active.device)
         decision = apply_bounds(observation, LoopDecision(nothing, nothing.to(torch.int8)))
     else:
-        decision = apply_bounds(observation, scheduler.observe(observation))
+        with scheduler_fault(scheduler, "observe", loop):
+            answer = scheduler.observe(observation)
+        decision = apply_bounds(observation, answer)
     halt, reasons = decision.halt.expand_as(state.active), decision.reasons.expand_as(state.active)
     is_hard = (reasons == reason_code("safety")) | (reasons == reason_code("budget"))
     if loop >= bounds.max_loops:

@@ -16,13 +16,22 @@ Source: contract D-04, SCH-04, SCH-14.
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cognexis.errors import InvalidConfigError, ShapeMismatchError
-from cognexis.looping.schedulers.base import HALT_REASONS, NO_REASON, LoopDecision, LoopObservation, reason_code
+from cognexis.errors import BackendError, CognexisError, InvalidConfigError, ShapeMismatchError
+from cognexis.looping.schedulers.base import (
+    HALT_REASONS,
+    NO_REASON,
+    LoopDecision,
+    LoopObservation,
+    LoopScheduler,
+    reason_code,
+)
 
 _MIN_LOOPS_NOT_MET = reason_code("min_loops_not_met")
 _MAX_LOOPS = reason_code("max_loops")
@@ -30,6 +39,25 @@ _BUDGET = reason_code("budget")
 _SAFETY = reason_code("safety")
 _FORCED = reason_code("forced")
 _SOFT_REASONS = tuple(map(reason_code, ("min_delta", "confidence", "value_gain", "max_loops", "forced")))
+
+
+@contextmanager
+def scheduler_fault(scheduler: LoopScheduler, method: str, loop: int | None = None) -> Iterator[None]:
+    """Name the scheduler whose ``method`` fails, after ``loop`` loops.
+
+    Raises:
+        BackendError: it raised something else than an error of ours, which is the cause.
+    """
+    try:
+        yield
+    except CognexisError:
+        raise
+    except Exception as error:
+        name = getattr(scheduler, "name", type(scheduler).__name__)
+        place = "" if loop is None else f" after loop {loop}"
+        raise BackendError(
+            f"scheduler={name!r}: {method}() failed{place} with {type(error).__name__}: {error}"
+        ) from error
 
 
 def apply_bounds(observation: LoopObservation, decision: Any) -> LoopDecision:
