@@ -36,6 +36,15 @@ _KINDS = (
     ("config.resolved.yaml", "resolved_config", False),
     ("generation_config.json", "generation_config", False),
     ("*_cognexis.py", "code", False),
+    # What only training needs; a model loads without it, and resuming demands it.
+    ("optimizer.pt", "optimizer_state", False),
+    ("scheduler.pt", "learning_rate_state", False),
+    ("scaler.pt", "scaler_state", False),
+    ("rng_state*.pth", "rng_state", False),
+    ("curriculum.json", "curriculum_state", False),
+    ("data_loader.json", "data_loader_state", False),
+    ("trainer_state.json", "trainer_state", False),
+    ("training_state.json", "trainer_state", False),
 )
 KINDS = tuple(dict.fromkeys(kind for _, kind, _ in _KINDS))
 

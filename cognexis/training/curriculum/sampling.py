@@ -13,7 +13,7 @@ from cognexis.training.curriculum.distributions import PMFS, PROFILE_PMFS
 from cognexis.training.curriculum.ramps import maximum_at
 from cognexis.training.curriculum.settings import CurriculumSettings
 
-_HIGH, _DEPTH, _ORDER = range(3)  # purposes
+_HIGH, _DEPTH, _ORDER, _EARLY = range(4)  # purposes
 
 
 def random_stream(seed: int, purpose: int, counter: int) -> np.random.Generator:
@@ -69,3 +69,8 @@ def stratified_loops(settings: CurriculumSettings, seed: int, step: int) -> int:
     counts = (counts + window * settings.window) % (high - low + 1)
     order = random_stream(seed, _ORDER, window).permutation(settings.window)
     return low + int(counts[order[place]])
+
+
+def early_loop(seed: int, step: int, num_loops: int) -> int:
+    """A loop before the last one, all equally likely; 1 where there is only one."""
+    return 1 + int(random_stream(seed, _EARLY, step).random() * max(1, num_loops - 1))
