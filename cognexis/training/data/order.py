@@ -8,15 +8,17 @@ w_i, part i has m_i = round(w_i n_i) places in an epoch, at least one, and N = s
     row = offset_i + sigma_{i, floor(g / n_i)}(g mod n_i)    a row of the part
 
 pi_e permutes the epoch and sigma_{i, k} the k-th pass over part i (``KeyedPermutation``, keyed by seed, epoch, part,
-pass); sigma is the identity where m_i = n_i, since pi_e mixes enough. So with weights of 1 each epoch reads every row once; with any weights, a part is read in whole passes, and no
-row comes again before every row of its part has come. With ``window`` pi_e moves only whole windows of that many
-places and the places inside each window, for storage that is slow at random access; the last window, if it is
-shorter, stays at the end. Without ``shuffle`` all permutations are the identity.
+pass); sigma is the identity where m_i = n_i, since pi_e mixes enough. So with weights of 1 each epoch reads every row
+once; with any weights, a part is read in whole passes, and no row comes again before every row of its part has come.
+With ``window`` pi_e moves only whole windows of that many places and the places inside each window, for storage that
+is slow at random access; the last window, if it is shorter, stays at the end. Without ``shuffle`` all permutations are
+the identity.
 
 No state but P is needed to go on anywhere, at once, with any number of ranks and workers.
 """
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -62,9 +64,9 @@ class RowOrder:
         self.places = tuple(max(1, round(w * n)) for w, n in zip(self.weights, self.counts, strict=True))
         self.num_rows = sum(self.counts)
         self.rows_per_epoch = sum(self.places)
-        self._offsets = np.concatenate(([0], np.cumsum(self.counts)))
-        self._place_ends = np.cumsum(self.places)
-        self._place_starts = self._place_ends - self.places
+        self._offsets: NDArray[np.int64] = np.array([0, *itertools.accumulate(self.counts)], np.int64)
+        self._place_ends = np.cumsum(self.places, dtype=np.int64)
+        self._place_starts = self._place_ends - np.array(self.places, np.int64)
         self._is_redrawn = np.array(self.places) != np.array(self.counts)
 
     def _check(self) -> None:
