@@ -267,7 +267,7 @@ class CognexisModel(CognexisPreTrainedModel):
         }
         if self.config.has_time_state:
             parted = documents if self.config.document_boundary_attention else None
-            shared["resets"] = time_resets(attention_mask, parted, past_key_values, hidden_states)
+            shared["resets"] = time_resets(attention_mask, parted, hidden_states)
         run = self.decode_step if length == 1 and past_key_values is not None else self.prefill
         loops = None
         if policy is not None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from cognexis.decoder.masks import document_positions, find_documents
 from cognexis.errors import InvalidConfigError, InvalidTokenIdError, ShapeMismatchError
 
-_PADDED_STATE = "attention_mask: padding behind real tokens would enter the states over time; pad on the left"
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
@@ -125,9 +124,7 @@ def real_tokens(attention_mask: Any, documents: Tensor | None, hidden_states: Te
     return torch.ones(batch_size, length, dtype=torch.bool, device=hidden_states.device)
 
 
-def time_resets(
-    attention_mask: Any, documents: Tensor | None, past_key_values: Any, hidden_states: Tensor
-) -> Tensor | None:
+def time_resets(attention_mask: Any, documents: Tensor | None, hidden_states: Tensor) -> Tensor | None:
     """Bool ``[B, T]``: new tokens before which states over time begin anew; None where none does.
 
     A state begins anew at the first real token of a row and at the start of every packed document.
@@ -135,7 +132,6 @@ def time_resets(
     Args:
         attention_mask: ``[B, past + T]``, masks by layer type with that one under "linear_attention", or None.
         documents: ``[B, T]`` document numbers, -1 at padding; None where documents are open to each other.
-        past_key_values: the cache, or None.
         hidden_states: ``[B, T, H]``; only shape and device are read.
 
     Raises:
@@ -150,10 +146,6 @@ def time_resets(
         attention_mask = attention_mask.get("linear_attention")
     if attention_mask is None:
         return None
-    if length == 1 and past_key_values is not None and any(layer.is_initialized for layer in past_key_values.layers):
-        if attention_mask.ndim == 2 and _is_readable(attention_mask) and not bool(attention_mask[:, -2:-1].all()):
-            raise InvalidConfigError(_PADDED_STATE, path="attention_mask")
-        return None
     if attention_mask.ndim != 2:
         raise InvalidConfigError(
             "attention_mask: layers with memory over time need to know which tokens are padding; pass a mask of two "
@@ -167,8 +159,12 @@ def time_resets(
         return starts.to(device)
     ends = is_real[:, :-1] & ~is_real[:, 1:]
     if bool((ends & (seen[:, -1:] > seen[:, :-1])).any()):
-        raise InvalidConfigError(_PADDED_STATE, path="attention_mask")
-    return starts.to(device) if bool(starts[:, 1:].any()) else None
+        raise InvalidConfigError(
+            "attention_mask: padding between real tokens would enter the states over time; pad on the left",
+            path="attention_mask",
+        )
+    is_fresh = attention_mask.shape[1] == length  # and its first token needs no reset
+    return starts.to(device) if bool(starts[:, int(is_fresh) :].any()) else None
 
 
 def last_real_token(is_real: Tensor) -> Tensor:
