@@ -5,7 +5,8 @@ width and S keys in sight,
 
     flops = 2 P + 4 N D S                       per block: a product with the keys and one with the values
 
-A multiplication and an addition count as two operations; norms, activations and rotations are left out. A Cortex layer
+A multiplication and an addition count as two operations; norms, activations and rotations are left out. The loop
+embedding of the gate is projected once per loop and counts for each token, so that no budget is passed. A Cortex layer
 counts with its matrices and has a state of fixed size instead of keys; what registered layers cost is not known here
 and counts as nothing. Letters: G key/value heads.
 """
@@ -28,7 +29,8 @@ def core_flops_per_token(config: Any, num_keys: int) -> int:
     elif config.input_injection == "residual" and config.injection_projection == "linear":
         extra += width * width
     if config.recurrent_gating:
-        extra += width * width * (1 + (config.input_injection == "gate_condition"))
+        matrices_of_gate = 1 + (config.input_injection == "gate_condition") + config.gate_loop_embedding
+        extra += width * width * matrices_of_gate
     for layer_type in config.stage_layer_types("core"):
         if layer_type not in ("full_attention", "sliding_attention"):
             extra += _cortex_cost(config, "core", layer_type)[0]

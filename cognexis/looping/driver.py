@@ -28,7 +28,7 @@ from cognexis.looping.token_mask import HaltState, may_halt
 class LoopedCore(Protocol):
     """What the driver needs of a core."""
 
-    runs_all_loops: bool  # deeper keys of stopped tokens must be computed, so stopping early is not possible
+    runs_all_loops: bool  # deeper keys of stopped tokens must be computed, so every token costs the largest number
     waits: bool  # reads decisions on the host in every loop anyway
 
     def advance(self, loop_index: int, active: Tensor) -> None:
@@ -134,7 +134,7 @@ def run_loops(
     """
     state = HaltState.begin(takes_part)
     if budget is not None:
-        _require_room(budget, state, bounds.min_loops)
+        _require_room(budget, state, bounds.max_loops if core.runs_all_loops else bounds.min_loops)
     signals = scheduler.signals if scheduler is not None else frozenset[str]()
     is_host = takes_part.device.type == "cpu" or core.waits
     has_deadline = budget is not None and budget.request.deadline is not None
@@ -165,7 +165,7 @@ def run_loops(
         if budget is not None and budget.request.deadline is not None:
             budget.request.time_loop(clock() - start)
             if budget.request.is_late() and loop < bounds.max_loops:
-                _require_minimum(state, bounds.min_loops)
+                _require_minimum(state, bounds.min_loops, is_complete=not core.runs_all_loops)
                 state.halt(state.active, _code("budget", state.reasons))
         if core.runs_all_loops:
             continue
@@ -176,7 +176,7 @@ def run_loops(
         elif late.push(running) is False:
             break
     if budget is not None:
-        budget.charge(state.loops)
+        budget.charge(takes_part * bounds.max_loops if core.runs_all_loops else state.loops)
     return state
 
 
@@ -233,14 +233,15 @@ def _code(name: str, like: Tensor) -> Tensor:
     return torch.full_like(like, reason_code(name))
 
 
-def _require_room(budget: PassBudget, state: HaltState, min_loops: int) -> None:
-    """Refuse a pass in which a row cannot run its smallest number of loops."""
+def _require_room(budget: PassBudget, state: HaltState, loops: int) -> None:
+    """Refuse a pass in which a row cannot run the ``loops`` that every token costs at least."""
     left = budget.remaining_loops(state.loops, state.active)
-    if left is not None and bool((state.active & (left < min_loops)).any()):
-        raise BudgetExceededError(f"budget: no room left for min_loops={min_loops} more loops of a row")
+    if left is not None and bool((state.active & (left < loops)).any()):
+        raise BudgetExceededError(f"budget: no room left for {loops} more loops of a row, the fewest of a pass")
 
 
-def _require_minimum(state: HaltState, min_loops: int) -> None:
-    """Refuse a pass whose time ended below the minimum: it must not yield a token."""
-    if bool((state.active & (state.loops < min_loops)).any()):
-        raise BudgetExceededError(f"max_wall_time_ms: exhausted before min_loops={min_loops} loops were run")
+def _require_minimum(state: HaltState, min_loops: int, *, is_complete: bool) -> None:
+    """Refuse a pass whose time ended below the minimum, or without the loops its keys need: it yields no token."""
+    if not is_complete or bool((state.active & (state.loops < min_loops)).any()):
+        what = f"min_loops={min_loops} loops" if is_complete else "all loops of several core blocks"
+        raise BudgetExceededError(f"max_wall_time_ms: exhausted before {what} were run")

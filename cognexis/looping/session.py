@@ -83,9 +83,14 @@ class LoopSession:
         return None if cache.num_loops is None else cache.num_loops * (loops + 1 >= cache.num_loops)
 
     def is_spent(self, config: Any, min_loops: int, num_tokens: int) -> Tensor | None:
-        """Bool ``[B]``: rows whose next token, number ``num_tokens`` + 1, cannot run ``min_loops`` loops."""
+        """Bool ``[B]``: rows whose next token, number ``num_tokens`` + 1, cannot run ``min_loops`` loops.
+
+        With several core blocks it must run all that the cache holds of every token.
+        """
         if (budget := self.budget) is None:
             return None
+        if config.num_recurrent_blocks > 1:
+            min_loops = getattr(self._cache, "num_loops", None) or min_loops
         flops = core_flops_per_token(config, num_tokens)
         spent = ~budget.affords(min_loops, flops if self._cache is not None else num_tokens * flops)
         slot = None if self._cache is None else self._cache.layers[0]

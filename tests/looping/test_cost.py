@@ -56,6 +56,16 @@ def test_the_operations_of_a_loop_are_those_that_torch_counts(name: str, cached:
     assert one_loop / new == pytest.approx(core_flops_per_token(model.config, cached + new), rel=0.02)
 
 
+@torch.no_grad()
+def test_the_loop_embedding_of_the_gate_counts_for_every_token() -> None:
+    model = tiny_model(tiny_config(gate_loop_embedding=True))
+    model.set_attn_implementation("eager")
+    found = {new: counted(model, 9, new, 3) - counted(model, 9, new, 2) for new in (1, 4)}
+    assert found[1] == pytest.approx(core_flops_per_token(model.config, 10), rel=0.02)
+    saved = 3 * 2 * model.config.hidden_size**2  # one projection serves the four tokens of a call
+    assert found[4] + saved == pytest.approx(4 * core_flops_per_token(model.config, 13), rel=0.02)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "name", ["gate and linear injection", "attention_memory", "one key/value head", "a core of its own shape"]

@@ -280,6 +280,31 @@ def test_time_that_ends_below_the_minimum_is_an_error_that_says_so() -> None:
     assert core.calls == [0]
 
 
+def test_a_core_that_runs_all_loops_is_charged_with_all_of_them() -> None:
+    scheduler = table([1, 2], [2, 2])
+    flops = 10.0 * 2 * 4  # two tokens of four loops
+    budget = budget_of(2, flops=10.0, max_total_loops=4, max_recurrent_flops=flops)
+    state = run(CountingCore((2, 2), runs_all_loops=True), LoopBounds(1, 4), scheduler, budget=budget)
+    assert state.loops.tolist() == [[1, 2], [2, 2]]
+    assert budget.request.loops_used.tolist() == [4, 4] and budget.request.flops_used.tolist() == [flops] * 2
+
+
+@pytest.mark.parametrize("limits", [{"max_total_loops": 3}, {"max_recurrent_flops": 79.0}])
+def test_a_core_that_runs_all_loops_is_not_begun_without_room_for_them(limits: dict[str, Any]) -> None:
+    core = CountingCore((2, 2), runs_all_loops=True)
+    with pytest.raises(BudgetExceededError, match="no room left for 4 more loops"):
+        run(core, LoopBounds(1, 4), table([1, 2], [2, 2]), budget=budget_of(2, flops=10.0, **limits))
+    assert core.calls == []
+
+
+def test_a_core_that_runs_all_loops_yields_nothing_when_time_ends_in_between() -> None:
+    clock = Clock()
+    core = CountingCore((1, 1), clock=clock, seconds=[1.0] * 8, runs_all_loops=True)
+    with pytest.raises(BudgetExceededError, match="exhausted before all loops of several core blocks"):
+        run(core, LoopBounds(1, 8), table([1]), budget=budget_of(1, clock, max_wall_time_ms=3500))
+    assert core.calls == [0, 1, 2]
+
+
 def test_a_loop_that_would_end_after_the_deadline_is_not_begun() -> None:
     clock = Clock()
     core = CountingCore((1, 1), clock=clock, seconds=[1.0] * 8)

@@ -86,6 +86,16 @@ def test_rows_are_spent_one_by_one() -> None:
     assert LoopSession().is_spent(config, 2, 9) is None
 
 
+def test_with_several_core_blocks_the_next_token_needs_all_loops_of_the_cache() -> None:
+    config = tiny_config(num_recurrent_blocks=2, experimental_multi_block=True)
+    cache = CognexisCache(config, mixed_depth=True)
+    cache.bind_mixed(3, "depth_indexed")
+    each = with_use(session(max_total_loops=6), [3, 4], [0.0] * 2)
+    each.begin_pass(torch.zeros(2, 4, dtype=torch.long), cache)
+    spent = each.is_spent(config, 1, 9)
+    assert spent is not None and spent.tolist() == [False, True]
+
+
 @pytest.mark.parametrize("has_cache", [True, False])
 def test_without_a_cache_the_next_token_costs_the_whole_sequence(has_cache: bool) -> None:
     config = tiny_config()
