@@ -106,6 +106,7 @@ class CognexisCache(Cache):
         self.is_released = False
         self.policy = None
         self._depth_form = depth_form
+        self._records_past = False
         super().__init__(layers=[self._new_layer(kind) for kind in config.layer_types], offloading=offloading)
         self.slots = slot_table(config)
         if mixed_depth:
@@ -122,6 +123,11 @@ class CognexisCache(Cache):
         if layer_type == "full_attention":
             return StaticLayer(max_cache_len=self.capacity)
         return StaticSlidingWindowLayer(max_cache_len=self.capacity, sliding_window=window)
+
+    def activate_past_recording(self) -> None:
+        """Keep tokens that leave a window until the next crop, in slots that are added later too."""
+        self._records_past = True
+        super().activate_past_recording()
 
     @property
     def depth_layers(self) -> list[Any]:
@@ -146,6 +152,8 @@ class CognexisCache(Cache):
                 for kind in map(config.slot_kind, config.stage_layer_types("core"))
             ]
         self.slots = slot_table(config, is_mixed=policy is not None)
+        if self._records_past:
+            self.activate_past_recording()
 
     def bind_mixed(self, max_loops: int, policy: str) -> None:
         """Reserve the cache for tokens of up to ``max_loops`` loops under ``policy``.
@@ -203,6 +211,8 @@ class CognexisCache(Cache):
             kinds = [self._config.slot_kind(kind) for kind in self._config.stage_layer_types("core")]
             self.layers += [self._new_layer(kinds[i % len(kinds)]) for i in range(len(missing))]
             self.slots = slot_table(self._config, num_loops)
+            if self._records_past:
+                self.activate_past_recording()
         self.num_loops = num_loops
 
     def _require_live(self) -> None:

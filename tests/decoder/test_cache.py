@@ -357,6 +357,19 @@ def test_a_recording_sliding_cache_can_be_cropped_past_its_window() -> None:
     assert_same(cached_logits(model, ids, 2, cache, [4]), logits_of(model, ids, 2)[:, 5:], 2, "after a crop")
 
 
+@pytest.mark.parametrize("from_mixed", [False, True])
+def test_slots_that_are_laid_out_later_record_too(from_mixed: bool) -> None:
+    model = tiny_model(tiny_config(**SLIDING))
+    ids = token_ids(model, 1, 9)
+    cache = CognexisCache(model.config, mixed_depth=from_mixed)
+    cache.activate_past_recording()
+    loops: Any = model.config.max_loops + 1 if from_mixed else torch.tensor([2])  # the other layout, and a slot more
+    model(ids[:, :7], num_loops=loops, past_key_values=cache, allow_extrapolation=True)
+    cache.crop(-2)
+    found = model(ids[:, 5:], num_loops=loops, past_key_values=cache, allow_extrapolation=True).logits
+    assert_same(found, model(ids, num_loops=loops, allow_extrapolation=True).logits[:, 5:], 2, "after a crop")
+
+
 def test_a_sliding_cache_that_dropped_its_past_refuses_a_crop_and_stays_usable() -> None:
     model = tiny_model(tiny_config(**SLIDING))
     ids = token_ids(model, 1, 9)
