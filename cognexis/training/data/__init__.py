@@ -32,4 +32,6 @@ With a plain ``DataLoader`` or a prepared one, ``RowSampler(order, position)`` g
 | ``loader``, ``loader_state``, ``sampler``, ``prefetch``, ``metrics`` | batches, their state, working ahead |
 | ``packing``, ``blocks``, ``collating``, ``loop_metadata`` | rows of documents, batches, what a batch says of loops |
 | ``token_shard``, ``shard_writer``, ``manifest``, ``verify``, ``opening`` | the files and their checks |
+| ``sources``, ``inputs``, ``corruption``, ``chat``, ``pipeline``, ``build`` | from records to shards |
+| ``corpus``, ``mixing``, ``leaks``, ``views``, ``commands`` | installed text, mixtures, ``datasets``, commands |
 """

@@ -90,12 +90,15 @@ class BuildOrder:
         return {name: getattr(self, name) for name in _SETTINGS}
 
 
-def build_data(order: BuildOrder, report: Callable[[str], None] = lambda line: None) -> dict[str, DataManifest]:
+def build_data(
+    order: BuildOrder, report: Callable[[str], None] = lambda line: None, *, restart: bool = False
+) -> dict[str, DataManifest]:
     """Make the shards; see the module docstring.
 
     Args:
         order: what to make.
         report: receives a line now and then.
+        restart: discard what an interrupted build of this folder left.
 
     Returns:
         The manifests by folder: ``train`` and ``validation``, or one under an empty name.
@@ -119,6 +122,8 @@ def build_data(order: BuildOrder, report: Callable[[str], None] = lambda line: N
     try:
         staging.mkdir(parents=True, exist_ok=True)
         with _locked(staging):
+            if restart:
+                (staging / PROGRESS_FILE).unlink(missing_ok=True)
             try:
                 build = _Build(order, sources, staging, report)
                 build.run(pipeline)
@@ -183,7 +188,9 @@ class _Build:
         try:
             while self.source < len(self.sources):
                 weighted = self.sources[self.source]
-                for record, document in pipeline.documents(weighted.source.read(self.position), handler):
+                for record, document in pipeline.documents(
+                    weighted.source.read(self.position), handler, weighted.on_control
+                ):
                     self.position = record.next_position
                     if document is not None:
                         self._add(document, weighted)
@@ -289,7 +296,10 @@ class _Build:
 
     def _identity(self) -> str:
         """What an unfinished build must have in common with this one."""
-        inputs = [[item.source.identity(), item.source.format, item.domain, item.weight] for item in self.sources]
+        inputs = [
+            [item.source.identity(), item.source.format, item.domain, item.weight, item.on_control]
+            for item in self.sources
+        ]
         filters = [repr(check) for check in self.order.filters]
         return canonical_checksum(
             {"inputs": inputs, "settings": self.order.settings(), "tokenizer": self.tokenizer, "filters": filters}
@@ -336,17 +346,6 @@ def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
         "pad_token_id": tokenizer.pad_token_id,
         "chat_template": tokenizer.manifest["chat_template"],
     }
-
-
-def discard_unfinished(output_dir: str | Path) -> bool:
-    """Remove what an interrupted build of this folder left; whether there was anything."""
-    target = Path(output_dir).absolute()
-    staging = target.with_name(f".{target.name}.building")
-    if not staging.is_dir():
-        return False
-    with _locked(staging):
-        shutil.rmtree(staging)
-    return True
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 from cognexis.configuration_rules import nearest_name
 from cognexis.errors import InvalidConfigError
+from cognexis.tokens.guard import check_on_control
 from cognexis.training.data.manifest import (
     DATA_MANIFEST,
     SHARD_FORMATS,
@@ -34,16 +35,18 @@ class DataInput:
     """One input of a build.
 
     Attributes:
-        source: a file, a folder, a manifest, or a ``datasets.Dataset``.
+        source: a file, a folder, a manifest, a ``datasets.Dataset``, or a ``DocumentSource``.
         format: one of :data:`FORMATS`; ``auto`` goes by the name.
         domain: name of its kind of text.
         weight: rows read in an epoch for each row that is there.
+        on_control: a control string in raw text makes a fault of the record (``raise``), or is letters (``text``).
     """
 
     source: Any
     format: str = "auto"
     domain: str = ""
     weight: float = 1.0
+    on_control: str = "raise"
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class WeightedSource:
     source: Source
     domain: str
     weight: float
+    on_control: str
 
 
 def open_inputs(inputs: Sequence[DataInput], longest: int = LONGEST_RECORD) -> list[WeightedSource]:
@@ -74,29 +78,34 @@ def _open(item: DataInput, longest: int) -> list[WeightedSource]:
         raise InvalidConfigError(f"weight={item.weight!r}: {rule}", path="weight", value=item.weight)
 
     check_weight(item.weight, refuse_weight)
+    check_on_control(item.on_control)
     if item.format not in FORMATS:
         raise InvalidConfigError(
             f"format={item.format!r}: must be one of {', '.join(FORMATS)}{nearest_name(item.format, FORMATS)}",
             path="format",
             value=item.format,
         )
+    if isinstance(item.source, DocumentSource):
+        return [WeightedSource(item.source, item.domain, item.weight, item.on_control)]
     if hasattr(item.source, "column_names"):
-        return [WeightedSource(TableSource(item.source, "dataset"), item.domain, item.weight)]
+        return [WeightedSource(TableSource(item.source, "dataset"), item.domain, item.weight, item.on_control)]
     path = Path(item.source)
     if path.name == DATA_MANIFEST or (path / DATA_MANIFEST).is_file():
-        return _shards_of(path, longest)
+        return _shards_of(path, longest, item.on_control)
     sources = _folder(path, item.format, longest) if path.is_dir() else [_file(path, item.format, longest)]
-    return [WeightedSource(source, item.domain, item.weight) for source in sources]
+    return [WeightedSource(source, item.domain, item.weight, item.on_control) for source in sources]
 
 
-def _shards_of(path: Path, longest: int) -> list[WeightedSource]:
+def _shards_of(path: Path, longest: int, on_control: str) -> list[WeightedSource]:
     manifest = read_data_manifest(path)
     for index, shard in enumerate(manifest.shards):
         if shard.format == TOKEN_FORMAT:
             raise InvalidConfigError(f"{path}: shards[{index}] holds tokens already", path=f"shards[{index}].format")
     require_sound(manifest)
     return [
-        WeightedSource(_file(manifest.folder / shard.path, shard.format, longest), shard.domain, shard.weight)
+        WeightedSource(
+            _file(manifest.folder / shard.path, shard.format, longest), shard.domain, shard.weight, on_control
+        )
         for shard in manifest.shards
     ]
 

@@ -3,7 +3,7 @@
     parse     which kind of record it is, and whether its fields have the right types
     filter    quality filters see the text
     format    messages are rendered by the chat template
-    encode    text becomes token ids; a control string in raw text is a fault and never a control token
+    encode    text becomes token ids; a control string in raw text is a fault, or letters, and never a control token
     end       the end-of-document token is put behind
     pack      the tokens join the stream of their shard (``shard_writer.py``, ``packing.py``)
 
@@ -101,9 +101,14 @@ class DocumentPipeline:
         self.add_bos, self.learned, self.learn_end = add_bos, learned, learn_end
 
     def documents(
-        self, records: Iterable[RawRecord], faults: FaultHandler
+        self, records: Iterable[RawRecord], faults: FaultHandler, on_control: str = "raise"
     ) -> Iterator[tuple[RawRecord, Document | None]]:
         """Each record with its document, in order; None for one that is left out.
+
+        Args:
+            records: of a source.
+            faults: what happens to those that cannot be used.
+            on_control: ``raise`` makes a fault of raw text that holds a control string, ``text`` takes it for letters.
 
         Raises:
             InvalidConfigError: a fault under the policy ``fail``.
@@ -112,15 +117,15 @@ class DocumentPipeline:
         for record in records:
             group.append(record)
             if len(group) == _RECORDS_AT_ONCE:
-                yield from self._group(group, faults, counts)
+                yield from self._group(group, faults, counts, on_control)
                 group = []
-        yield from self._group(group, faults, counts)
+        yield from self._group(group, faults, counts, on_control)
 
     def _group(
-        self, records: list[RawRecord], faults: FaultHandler, counts: RecordCounts
+        self, records: list[RawRecord], faults: FaultHandler, counts: RecordCounts, on_control: str
     ) -> Iterator[tuple[RawRecord, Document | None]]:
         """Counts change only as each record is given, so that they are right wherever the caller stops."""
-        prepared = [self._prepare(record) for record in records]
+        prepared = [self._prepare(record, on_control) for record in records]
         began = time.perf_counter()
         encoded = iter(self._encode([item for item in prepared if isinstance(item, str)]))
         counts.tokenise_seconds += time.perf_counter() - began
@@ -145,7 +150,7 @@ class DocumentPipeline:
                 counts.loaded += 1
             yield record, made if isinstance(made, Document) else None
 
-    def _prepare(self, record: RawRecord) -> "str | dict[str, Any] | RecordFault | _LeftOut | None":
+    def _prepare(self, record: RawRecord, on_control: str) -> "str | dict[str, Any] | RecordFault | _LeftOut | None":
         """A text to encode, another record to encode, or why there is none; None for an empty record."""
         content = record.content
         if isinstance(content, RecordFault):
@@ -160,7 +165,7 @@ class DocumentPipeline:
                 return _LeftOut(reason)
             if kind != "text":
                 return content
-            self._check_raw_text(content["text"])
+            self._check_raw_text(content["text"], on_control)
             return content["text"]
         except RecordFault as fault:
             return fault
@@ -170,12 +175,12 @@ class DocumentPipeline:
             return None
         return next((reason for check in self.filters if (reason := check(text)) is not None), None)
 
-    def _check_raw_text(self, text: str) -> None:
+    def _check_raw_text(self, text: str, on_control: str) -> None:
         try:
             check_text(text)
         except TokenizerError as error:
             raise RecordFault("not_text", str(error)) from None
-        if token := self.tokenizer.backends.guard.find(text):
+        if on_control == "raise" and (token := self.tokenizer.backends.guard.find(text)):
             raise RecordFault("control_token", token)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
