@@ -103,7 +103,10 @@ class Server:
             raise
         except BaseException as error:
             result = self.describe(error)
-        self.channel.send(result)
+        try:
+            self.channel.send(result)
+        except MemoryError as error:
+            self.channel.send(self.describe(error))
 
     def perform(self, message: dict[str, Any]) -> dict[str, Any]:
         """Carry out one request: fetch, call, or iterate."""
