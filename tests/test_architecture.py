@@ -43,7 +43,8 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "registration": {"errors", "configuration_cognexis", "looping", "decoder", "modeling_cognexis", "hub"}
     | {"tokenization_cognexis", "checkpoints"},
-    "__init__": {"registration"},
+    "registration_hook": {"registration"},
+    "__init__": {"registration", "registration_hook"},
 }
 # Where a part may import one module of another part only.
 ONLY_MODULE = {(part, "cortex_layers"): "cortex_layers.config" for part in _CONFIGURATION}

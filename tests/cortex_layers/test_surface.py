@@ -92,7 +92,6 @@ def test_root_names_are_listed_and_unknown_ones_refused():
 def test_configurations_load_without_cells_and_cells_without_transformers():
     code = f"""
 import sys
-sys.argv = ["-m"]
 from {ROOT}.config import CortexStackConfig
 assert "tensordict" not in sys.modules and "torch" not in sys.modules
 from {ROOT} import CortexStack, build_cortex
