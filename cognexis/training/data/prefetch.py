@@ -1,5 +1,6 @@
 """A thread that works ahead by a bounded number of items."""
 
+import contextlib
 import queue
 import threading
 from collections.abc import Generator, Iterable
@@ -63,4 +64,7 @@ def _prefetched(source: Iterable[T], depth: int) -> Generator[T, None, None]:
             yield item  # type: ignore[misc]
     finally:
         stopped.set()
-        thread.join()
+        while thread.is_alive():
+            with contextlib.suppress(queue.Empty):  # room for an item that is about to be put
+                waiting.get_nowait()
+            thread.join(_POLL_SECONDS / 10)

@@ -1,8 +1,10 @@
 """The same order for a plain ``DataLoader``, as with accelerate, which shares the batches out itself.
 
 Give the sampler to a ``DataLoader`` without a rank; a prepared loader deals its batches to the processes in turn, so
-that together they follow the stream as :class:`TrainingLoader` does. Such a loader fetches batches ahead, so the
-sampler cannot know which were used: tell it the position with :meth:`RowSampler.seek`.
+that together they follow the stream as :class:`TrainingLoader` does. An iteration ends with its epoch, and the next
+one begins there. Such loaders fetch ahead, so the sampler cannot know which rows were used: after an iteration that
+was cut short, tell it with :meth:`RowSampler.seek`. There is no ``set_epoch``: prepared loaders would call it with
+the number of their own iterations and lose the position.
 """
 
 from collections.abc import Iterator
@@ -35,11 +37,6 @@ class RowSampler(Sampler[int]):
             )
         self.position = position
 
-    def set_epoch(self, epoch: int) -> None:
-        """Begin the next iteration at the start of ``epoch``, unless it is already inside of it."""
-        if self.position // self.order.rows_per_epoch != epoch:
-            self.seek(epoch * self.order.rows_per_epoch)
-
     def __len__(self) -> int:
         return self.order.rows_per_epoch - self.position % self.order.rows_per_epoch
 
@@ -47,3 +44,4 @@ class RowSampler(Sampler[int]):
         stop = self.position + len(self)
         for start in range(self.position, stop, _POSITIONS_AT_ONCE):
             yield from self.order.rows(start, min(stop, start + _POSITIONS_AT_ONCE)).tolist()
+        self.position = stop
