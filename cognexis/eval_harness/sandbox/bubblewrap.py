@@ -10,7 +10,6 @@ import functools
 import importlib.util
 import marshal
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -19,28 +18,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cognexis.errors import BackendError
+from cognexis.eval_harness.sandbox.runner_text import joined_source
 from cognexis.eval_harness.sandbox.seccomp import syscall_filter
 
 INSTALL_HINT = (
     "install bubblewrap (Debian and Ubuntu: apt-get install bubblewrap) and allow user namespaces "
     "(sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns)"
 )
-_HERE = Path(__file__).parent
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
 
 
 @functools.cache
-def runner(entry: str = "process_entry") -> bytes:
+def runner() -> bytes:
     """The code of every process in a sandbox, compiled for this interpreter: channel, both sides, and the entry."""
     start = "\nsys.exit(begin(*sys.argv[1:]))\n"
-    code = compile(joined_source(entry) + start, "sandbox", "exec", dont_inherit=True)
+    code = compile(joined_source("process_entry") + start, "sandbox", "exec", dont_inherit=True)
     return importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code)
-
-
-def joined_source(entry: str) -> str:
-    """The texts of the modules that run inside a sandbox as one, without their imports of each other."""
-    texts = [(_HERE / f"{name}.py").read_text("utf-8") for name in ("wire", "program_side", "tests_side", entry)]
-    return re.sub(r"^from cognexis\.[^\n(]*(\([^)]*\))?\n", "", "\n".join(texts), flags=re.MULTILINE)
 
 
 def _data_fd(data: bytes) -> int:

@@ -8,16 +8,15 @@ leaving early, which is an error whatever its status. Of a script the host compa
 import json
 import math
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from cognexis.errors import BackendError, InvalidConfigError
+from cognexis.errors import InvalidConfigError
 from cognexis.eval_harness.sandbox.bubblewrap import Bubblewrap
+from cognexis.eval_harness.sandbox.ends import answer_of, end_of_program, result_of, same_output
 from cognexis.eval_harness.sandbox.outcome import CodeResult, Limits, SandboxOutcome
-from cognexis.eval_harness.sandbox.program_side import VIOLATION_EXIT
 from cognexis.eval_harness.sandbox.supervision import Watched, end_all, watch_until_end
 
 
@@ -95,7 +94,7 @@ class BubblewrapSandbox:
                 descriptors.close(order, verdict[1], *call, *reply, out[1], err[1])
                 watched = Watched({out[0]: bytearray(), err[0]: bytearray()}, {verdict[0]: bytearray()})
                 reason = watch_until_end(processes, watched, deadline, limits.output_bytes, ends=0)
-                answer = _answer(watched.messages[verdict[0]])
+                answer = _first_message(watched.messages[verdict[0]])
                 if reason is None and answer["outcome"] == "lost":
                     reason = watch_until_end(processes, watched, deadline, limits.output_bytes, ends=1)
             finally:
@@ -111,7 +110,8 @@ class BubblewrapSandbox:
             outcome, detail = SandboxOutcome(answer["outcome"]), answer["detail"]
         else:
             outcome, detail = end_of_program(judge, "the tests did not end")
-        return self._result(outcome, detail, watched, started)
+        printed, errors = map(bytes, watched.output.values())
+        return result_of(outcome, detail, printed, errors, started, self.name)
 
     def run_script(self, source: str, stdin: str, expected_stdout: str | None, limits: Limits) -> CodeResult:
         """Run a program that reads stdin and prints."""
@@ -140,12 +140,12 @@ class BubblewrapSandbox:
             finally:
                 end_all(processes)
         code = processes[0].returncode
-        messages = watched.messages[status[0]]
+        said = _first_message(watched.messages[status[0]])
         if reason is not None:
             outcome, detail = _limit(reason, limits)
-        elif b'"compile_error"' in messages[:40]:
-            outcome, detail = SandboxOutcome.COMPILE_ERROR, str(_answer(messages)["compile_error"])
-        elif b'"MemoryError"' in messages:
+        elif "compile_error" in said:
+            outcome, detail = SandboxOutcome.COMPILE_ERROR, str(said["compile_error"])
+        elif said.get("raised") == "MemoryError":
             outcome, detail = SandboxOutcome.MEMORY_LIMIT, "out of memory"
         elif code != 0:
             outcome, detail = end_of_program(code, _last_line(watched.output[err[0]]))
@@ -153,44 +153,13 @@ class BubblewrapSandbox:
             outcome, detail = SandboxOutcome.WRONG_ANSWER, "the output is not the expected one"
         else:
             outcome, detail = SandboxOutcome.PASSED, ""
-        return self._result(outcome, detail, watched, started)
-
-    def _result(self, outcome: SandboxOutcome, detail: str, watched: Watched, started: float) -> CodeResult:
-        stdout, stderr = (bytes(buffer).decode("utf-8", "replace") for buffer in watched.output.values())
-        if outcome is SandboxOutcome.SANDBOX_VIOLATION and "sandbox: " in stderr:
-            detail = stderr[stderr.rindex("sandbox: ") :].strip()
-        return CodeResult(outcome, detail[:500], stdout, stderr, time.monotonic() - started, self.name)
+        printed, errors = map(bytes, watched.output.values())
+        return result_of(outcome, detail, printed, errors, started, self.name)
 
 
 def _words(side: str, fds: Sequence[int], limits: Limits, scratch_bytes: int) -> list[str]:
     seconds = math.ceil(limits.cpu_seconds)
     return [side, *map(str, [*fds, seconds, limits.memory_bytes, scratch_bytes, limits.message_bytes])]
-
-
-def same_output(printed: bytes, expected: str) -> bool:
-    """Whether both texts have the same lines, white space at the ends of lines and of the text left out."""
-
-    def lines(text: str) -> list[str]:
-        return [line.rstrip() for line in text.rstrip().splitlines()]
-
-    return lines(printed.decode("utf-8", "replace")) == lines(expected)
-
-
-def end_of_program(code: int, detail: str) -> tuple[SandboxOutcome, str]:
-    """The outcome of a program that ended by itself with a status of bubblewrap: 128 + signal, or the own status."""
-    if code == VIOLATION_EXIT:
-        return SandboxOutcome.SANDBOX_VIOLATION, detail
-    if code in (128 + signal.SIGXCPU, 128 + signal.SIGKILL):
-        return SandboxOutcome.TIMEOUT, "out of processor time"
-    if code == 128 + signal.SIGXFSZ:
-        return SandboxOutcome.OUTPUT_LIMIT, "a file became too large"
-    if code == 128 + signal.SIGSYS:
-        return SandboxOutcome.SANDBOX_VIOLATION, "a system call of another architecture"
-    if code > 128:
-        number = code - 128
-        name = signal.Signals(number).name if number in [*signal.Signals] else str(number)
-        return SandboxOutcome.RUNTIME_ERROR, f"ended by {name}"
-    return SandboxOutcome.RUNTIME_ERROR, f"ended with status {code}: {detail}"
 
 
 def _limit(reason: str, limits: Limits) -> tuple[SandboxOutcome, str]:
@@ -199,16 +168,9 @@ def _limit(reason: str, limits: Limits) -> tuple[SandboxOutcome, str]:
     return SandboxOutcome.OUTPUT_LIMIT, f"more than {limits.output_bytes} bytes of output"
 
 
-def _answer(message: bytearray) -> dict[str, Any]:
-    """The first message of a pipe; one without an outcome where there is none."""
-    length = int.from_bytes(message[:8], "big")
-    if not message or len(message) < 8 + length:
-        return {"outcome": "", "detail": ""}
-    try:
-        found = json.loads(bytes(message[8 : 8 + length]))
-    except ValueError as error:
-        raise BackendError(f"the sandbox sent a message that is no JSON: {error}") from error
-    return dict(found)
+def _first_message(data: bytearray) -> dict[str, Any]:
+    length = int.from_bytes(data[:8], "big")
+    return answer_of(bytes(data[8 : 8 + length]))
 
 
 def _last_line(text: bytearray) -> str:

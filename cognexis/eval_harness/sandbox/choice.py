@@ -11,6 +11,7 @@ from typing import Protocol
 from cognexis.errors import BackendError, InvalidConfigError, SafetyError
 from cognexis.eval_harness.sandbox.bubblewrap_runs import BubblewrapSandbox
 from cognexis.eval_harness.sandbox.outcome import CodeResult, Limits
+from cognexis.eval_harness.sandbox.wasi import WasiSandbox
 
 
 class Sandbox(Protocol):
@@ -45,7 +46,7 @@ class Sandbox(Protocol):
 
 def sandboxes() -> dict[str, Sandbox]:
     """Every sandbox by the name of the setting ``safety.code_sandbox``, the preferred first."""
-    return {"bubblewrap": BubblewrapSandbox()}
+    return {"bubblewrap": BubblewrapSandbox(), "wasi": WasiSandbox()}
 
 
 def open_sandbox(name: str = "auto") -> Sandbox:

@@ -32,7 +32,9 @@ _FILE_EVENTS = ("changed files",)
 
 def watch(scratch: str | None) -> None:
     """End the process with ``VIOLATION_EXIT`` when the program tries what it must not."""
-    write_bits = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    access_bits = os.O_RDONLY | os.O_WRONLY | os.O_RDWR
+    change_bits = os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    writing = (os.O_WRONLY, os.O_RDWR)
     write, leave, realpath = os.write, os._exit, os.path.realpath
 
     def is_inside(path: Any) -> bool:
@@ -43,8 +45,10 @@ def watch(scratch: str | None) -> None:
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         what = _FORBIDDEN.get(event)
-        if event == "open" and isinstance(arguments[2], int) and arguments[2] & write_bits:
-            what = None if is_inside(arguments[0]) else "opened a file outside for writing"
+        if event == "open":
+            flags = arguments[2] if isinstance(arguments[2], int) else 0
+            if (flags & change_bits or flags & access_bits in writing) and not is_inside(arguments[0]):
+                what = "opened a file outside for writing"
         elif what in _FILE_EVENTS and is_inside(arguments[0]):
             what = None
         if what is not None:

@@ -22,7 +22,7 @@ QUICK = ("writes a host file", "fork by ctypes", "tcp", "memory bomb", "object t
 QUICK += ("leaves at once", "writes the verdict everywhere", "stdout flood", "system call: ptrace")
 
 
-@pytest.fixture(scope="module", params=list(sandboxes()))
+@pytest.fixture(scope="module", params=["bubblewrap", pytest.param("wasi", marks=pytest.mark.slow)])
 def sandbox(request):
     found = sandboxes()[request.param]
     if (fault := found.fault()) is not None:
@@ -128,7 +128,7 @@ def test_honest_programs_get_the_right_verdict(sandbox, problem):
         ("def sub(a, b):\n    return a - b", "runtime_error", "name 'add' is not defined"),
         ("raise ValueError('broken')", "runtime_error", "while loading: ValueError: broken"),
         ("def add(a, b):\n    while True: pass", "timeout", ""),
-        ("def add(a, b):\n    return [0] * 10**12", "memory_limit", "out of memory"),
+        ("def add(a, b):\n    return [0] * 10**8", "memory_limit", "out of memory"),
         ("def add(a, b):\n    return print('x' * 10**7)", "output_limit", "bytes of output"),
         ("def add(a, b):\n    open('/etc/x', 'w')", "sandbox_violation", "opened a file outside for writing"),
     ],
@@ -219,7 +219,7 @@ def test_script_is_compared_with_what_it_should_print(sandbox):
     assert sandbox.run_script(source, "1 3\n", "3\n", LIMITS).outcome == "wrong_answer"
     assert sandbox.run_script("print('3')\nraise SystemExit(4)", "", "3", LIMITS).outcome == "runtime_error"
     assert sandbox.run_script("print(", "", "3", LIMITS).outcome == "compile_error"
-    assert sandbox.run_script("x = [0] * 10**12", "", "3", LIMITS).outcome == "memory_limit"
+    assert sandbox.run_script("x = [0] * 3 * 10**8", "", "3", LIMITS).outcome == "memory_limit"
     result = sandbox.run_script("if __name__ == '__main__':\n    print('x')", "", None, LIMITS)
     assert result.passed and result.stdout == "x\n"
 
