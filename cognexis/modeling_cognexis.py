@@ -61,6 +61,7 @@ from cognexis.looping.options import (
     CALL_KEYWORDS,
     LOOP_MODE_ALIASES,
     LoopOptions,
+    calibrated_dependency,
     refuse_misspelt,
     resolve_loop_options,
 )
@@ -299,6 +300,7 @@ class CognexisModel(CognexisPreTrainedModel):
             self.config,
             **known,
             default_scheduler=self.scheduler_record.get("scheduler"),
+            default_dependency=calibrated_dependency(self.scheduler_record),
             overthinking_threshold=self.scheduler_record.get("overthinking_threshold"),
         )
 

@@ -36,7 +36,7 @@ from cognexis.looping.options import (
     REQUEST_KEYWORDS,
     LoopOptions,
     budget_limits,
-    loop_count,
+    loop_bound,
 )
 from cognexis.looping.session import LoopSession
 from cognexis.looping.trace import LoopRecorder
@@ -177,9 +177,7 @@ class LoopedGenerationMixin(_GenerationMixin):
         settings = {name: self._setting(name, generation_config, kwargs) for name in REQUEST_KEYWORDS}
         limits = budget_limits(settings)
         if limits.max_loops_per_token is not None:
-            given = settings["max_loops"]
-            most = self.config.max_loops if given is None else loop_count("max_loops", given)
-            settings["max_loops"] = min(most, limits.max_loops_per_token)
+            settings["max_loops"] = loop_bound(self.config, settings, limits.max_loops_per_token)
         return self.base_model.loop_options(settings), limits
 
     def _check_session(

@@ -160,6 +160,8 @@ def run_mixed(
         context = SchedulerContext(name, options.min_loops, options.num_loops, quality_tier=options.quality_tier)
         with scheduler_fault(options.scheduler, "begin_request"):
             options.scheduler.begin_request(context)
+    is_prompt = session is not None and session.is_reading_prompt
+    dependency = options.dependency(h0.shape[1], is_prompt)
     trace = LoopTrace() if record else None
     limits = None if options.row_loops is None else options.row_loops.to(h0.device)[:, None]
     state = run_loops(
@@ -167,8 +169,8 @@ def run_mixed(
         takes_part,
         LoopBounds(min(options.min_loops, options.num_loops), options.num_loops, limits),
         options.scheduler,
-        dependency=options.dependency(h0.shape[1]),
-        settled_after=_depth_of_cached(cache, options),
+        dependency=dependency,
+        settled_after=_depth_of_cached(cache) if dependency == "prefix" else None,
         budget=budget,
         is_risky=None if session is None else session.is_risky,
         quality_tier=options.quality_tier,
@@ -190,9 +192,9 @@ def run_mixed(
     )
 
 
-def _depth_of_cached(cache: Any, options: LoopOptions) -> Tensor | None:
-    """Loops ``[B, 1]`` after which all cached tokens show their final keys, where the dependency asks for that."""
-    if cache is None or not cache.policy.is_exact or options.halt_dependency != "prefix":
+def _depth_of_cached(cache: Any) -> Tensor | None:
+    """Loops ``[B, 1]`` after which all cached tokens show their final keys; None where they do from the start."""
+    if cache is None or not cache.policy.is_exact:
         return None
     deepest = cache.depth_layers[0].deepest
     return None if deepest is None else deepest[:, None]

@@ -18,7 +18,7 @@ from cognexis.configuration_rules import HARD_MAX_LOOPS, nearest_name
 from cognexis.errors import InvalidConfigError
 from cognexis.looping.budget import BUDGET_KEYWORDS, BudgetLimits
 from cognexis.looping.schedulers.base import LoopScheduler
-from cognexis.looping.schedulers.registry import build_scheduler, tier_settings
+from cognexis.looping.schedulers.registry import FIELD_ALIASES, build_scheduler, tier_settings
 from cognexis.looping.token_mask import HALT_DEPENDENCIES
 
 LOOP_MODES = ("fixed", "adaptive_sequence", "adaptive_token")
@@ -94,9 +94,9 @@ class LoopOptions:
         """Whether tokens may run different numbers of loops, or share keys between loops."""
         return self.is_adaptive or self.row_loops is not None or self.cache_policy != "depth_indexed"
 
-    def dependency(self, length: int) -> str:
-        """Whose agreement a token needs to stop, in a call of ``length`` tokens."""
-        return self.halt_dependency or ("prefix" if length > 1 else "token")
+    def dependency(self, length: int, is_prompt: bool = False) -> str:
+        """Whose agreement a token needs to stop, in a call of ``length`` tokens, which may be a part of a prompt."""
+        return self.halt_dependency or ("prefix" if length > 1 or is_prompt else "token")
 
 
 def loop_count(name: str, value: Any) -> int:
@@ -145,12 +145,15 @@ def resolve_loop_options(
     halt_dependency: str | None = None,
     cache_policy: str | None = None,
     default_scheduler: dict[str, Any] | None = None,
+    default_dependency: str | None = None,
     overthinking_threshold: int | None = None,
 ) -> LoopOptions:
     """Combine a call's arguments with the checkpoint's; arguments left at None come from there.
 
     Args:
-        default_scheduler: what ``scheduler.json`` says; a "fixed" one leaves adaptive calls to the rule-based default.
+        default_scheduler: what ``scheduler.json`` says, used where the call names no scheduler or just this type; a
+            "fixed" one leaves adaptive calls to the rule-based default.
+        default_dependency: that for which the thresholds of ``default_scheduler`` were chosen.
         overthinking_threshold: depth at which adaptive runs end at the latest.
 
     Raises:
@@ -179,7 +182,7 @@ def resolve_loop_options(
     if mode != "fixed":
         return _adaptive_options(
             config, mode, low, high, num_loops, scheduler, quality_tier, halt_dependency, cache_policy,
-            default_scheduler, overthinking_threshold,
+            default_scheduler, default_dependency, overthinking_threshold,
         )  # fmt: skip
     for name, value in (
         ("scheduler", scheduler),
@@ -236,6 +239,7 @@ def _adaptive_options(
     halt_dependency: str | None,
     cache_policy: str | None,
     default_scheduler: dict[str, Any] | None,
+    default_dependency: str | None,
     overthinking_threshold: int | None,
 ) -> LoopOptions:
     if num_loops is not None:
@@ -254,13 +258,14 @@ def _adaptive_options(
     requested = high
     if overthinking_threshold is not None:
         high = max(low, min(high, overthinking_threshold))
-    chosen = scheduler
-    if chosen is None and default_scheduler is not None and default_scheduler.get("type") != "fixed":
-        chosen = default_scheduler
-    built = build_scheduler("rule_based" if chosen is None else chosen)
+    stored = default_scheduler if default_scheduler and default_scheduler.get("type") != "fixed" else None
+    if stored is not None and (scheduler is None or (isinstance(scheduler, str) and scheduler == stored["type"])):
+        built, halt_dependency = build_scheduler(stored), halt_dependency or default_dependency
+    else:
+        built = build_scheduler("rule_based" if scheduler is None else scheduler)
     if quality_tier is not None:
         low, high, thresholds = tier_settings(quality_tier, low, high)
-        built = _with_thresholds(built, chosen, thresholds)
+        built = _with_thresholds(built, scheduler, thresholds)
     return LoopOptions(
         loop_mode=mode,
         num_loops=high if config.loop_cap is None else min(high, config.loop_cap),
@@ -276,14 +281,31 @@ def _adaptive_options(
     )
 
 
-def _with_thresholds(built: LoopScheduler, chosen: Any, thresholds: dict[str, Any]) -> LoopScheduler:
-    """``built`` with the thresholds of a tier for the fields that it uses and that ``chosen`` leaves open."""
-    if isinstance(chosen, LoopScheduler):
+def calibrated_dependency(scheduler_record: dict[str, Any]) -> str | None:
+    """The dependency for which the thresholds in a ``scheduler.json`` were chosen; None where it names none."""
+    found = ((scheduler_record.get("value_head") or {}).get("calibrated") or {}).get("halt_dependency")
+    return found if found in HALT_DEPENDENCIES else None
+
+
+def _with_thresholds(built: LoopScheduler, given: Any, thresholds: dict[str, Any]) -> LoopScheduler:
+    """``built`` with the thresholds of a tier, for the fields that it uses and that ``given`` does not name.
+
+    What stands in ``scheduler.json`` gives way. A probability is no gain, so its threshold stays.
+    """
+    if isinstance(given, LoopScheduler):
         return built
-    given = chosen if isinstance(chosen, dict) else {}
+    named = given if isinstance(given, dict) else {}
     fields = built.to_dict()
-    open_fields = {k: v for k, v in thresholds.items() if fields.get(k) is not None and k not in given}
-    return build_scheduler(fields | open_fields)
+    taken = {k: v for k, v in thresholds.items() if fields.get(k) is not None and not _names(named, k)}
+    if fields.get("output_kind") == "continue_logit":
+        taken.pop("gain_threshold", None)
+    if "gain_threshold" in taken and fields.get("loop_thresholds") and "loop_thresholds" not in named:
+        taken["loop_thresholds"] = None
+    return build_scheduler(fields | taken)
+
+
+def _names(fields: dict[str, Any], name: str) -> bool:
+    return name in fields or any(own == name and alias in fields for alias, own in FIELD_ALIASES.items())
 
 
 def _row_counts(num_loops: Tensor) -> list[int]:
@@ -304,6 +326,21 @@ def _require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
             path=name,
             value=value,
         )
+
+
+def loop_bound(config: Any, settings: dict[str, Any], max_loops_per_token: int) -> int:
+    """The ``max_loops`` of a request with this budget, which lowers the bound and never raises it.
+
+    A fixed number beyond the configuration's maximum, which ``allow_extrapolation`` permits, is bound by the budget
+    alone.
+    """
+    given = settings.get("max_loops")
+    if given is not None:
+        most = loop_count("max_loops", given)
+    else:
+        is_fixed = settings.get("loop_mode") in (None, "fixed")
+        most = HARD_MAX_LOOPS if is_fixed and settings.get("allow_extrapolation") else config.max_loops
+    return min(most, max_loops_per_token)
 
 
 def budget_limits(settings: dict[str, Any]) -> BudgetLimits:

@@ -49,6 +49,11 @@ class LoopSession:
         return self.num_passes <= 1
 
     @property
+    def is_reading_prompt(self) -> bool:
+        """Whether the pass at hand reads the prompt, or a part of it."""
+        return self.sequences is None
+
+    @property
     def cache_bytes(self) -> int | None:
         """Bytes of keys and values at the last pass; None without a cache that can say."""
         return self._cache.memory_bytes() if hasattr(self._cache, "memory_bytes") else None

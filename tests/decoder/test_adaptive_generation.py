@@ -183,14 +183,30 @@ def test_without_a_cache_the_result_is_the_same(shared: Any, mode: str) -> None:
     assert uncached.loop_diagnostics["cache_bytes"] is None
 
 
-def test_a_prompt_may_be_read_in_chunks(shared: Any) -> None:
-    ids, mask = prompts(shared)
-    settings = {"loop_mode": "adaptive_token", "halt_dependency": "prefix", "scheduler": RULE}
+@pytest.mark.parametrize("dependency", [None, "prefix"])
+@pytest.mark.parametrize("size, passes", [(2, 4), (3, 3)])
+def test_a_prompt_may_be_read_in_chunks(shared: Any, dependency: str | None, size: int, passes: int) -> None:
+    ids, mask = prompts(shared, (7, 5, 4))  # the last chunk is a single token
+    settings = {"loop_mode": "adaptive_token", "halt_dependency": dependency, "scheduler": RULE}
     whole = generate(shared, ids, mask, **settings)
-    chunked = generate(shared, ids, mask, prefill_chunk_size=2, **settings)
+    chunked = generate(shared, ids, mask, prefill_chunk_size=size, **settings)
     assert torch.equal(chunked.sequences, whole.sequences)
     assert torch.equal(chunked.loop_counts, whole.loop_counts)
-    assert chunked.loop_diagnostics["phases"]["prefill"]["passes"] == 3
+    assert chunked.loop_diagnostics["phases"]["prefill"]["passes"] == passes
+    assert chunked.loop_diagnostics["cache_bytes"] == whole.loop_diagnostics["cache_bytes"], "loops of every token"
+
+
+@pytest.mark.parametrize("way", ["forward", "generate"])
+def test_a_budget_of_loops_per_token_above_the_maximum_permits_extrapolation(shared: Any, way: str) -> None:
+    ids, _ = prompts(shared, (4,))
+    settings = {"num_loops": LOOPS + 2, "allow_extrapolation": True}
+    if way == "forward":
+        assert shared(ids, **settings).loop_counts.tolist() == [LOOPS + 2]
+        return
+    output = generate(shared, ids, max_loops_per_token=LOOPS + 3, **settings)
+    assert output.loop_counts.unique().tolist() == [LOOPS + 2]
+    with pytest.raises(InvalidConfigError, match=f"num_loops={LOOPS + 2}"):
+        generate(shared, ids, max_loops_per_token=LOOPS + 1, **settings)
 
 
 def test_a_prompt_may_be_embeddings(shared: Any) -> None:

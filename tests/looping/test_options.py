@@ -13,12 +13,15 @@ from cognexis.looping.options import (
     REQUEST_KEYWORDS,
     LoopOptions,
     budget_limits,
+    calibrated_dependency,
+    loop_bound,
     loop_count,
     refuse_misspelt,
     resolve_loop_options,
 )
 from cognexis.looping.schedulers.fixed import FixedScheduler
 from cognexis.looping.schedulers.oracle import OracleScheduler
+from cognexis.looping.schedulers.registry import build_scheduler
 from cognexis.looping.schedulers.rule_based import RuleBasedScheduler
 from tests.batteries.tiny import tiny_config
 
@@ -161,9 +164,10 @@ def test_the_dependency_is_that_of_the_call_or_follows_from_its_length() -> None
         assert resolve(loop_mode="adaptive_sequence", halt_dependency=given).dependency(1) == "row"
 
 
-def same(options: LoopOptions, **fields: Any) -> bool:
-    """Whether the rule-based scheduler with these fields decides."""
-    return options.scheduler is not None and options.scheduler.to_dict() == RuleBasedScheduler(**fields).to_dict()
+def same(options: LoopOptions, kind: str = "rule_based", **fields: Any) -> bool:
+    """Whether the scheduler of this kind with these fields decides."""
+    expected = build_scheduler({"type": kind, **fields}).to_dict()
+    return options.scheduler is not None and options.scheduler.to_dict() == expected
 
 
 def test_the_scheduler_comes_from_the_call_then_from_the_checkpoint() -> None:
@@ -171,7 +175,8 @@ def test_the_scheduler_comes_from_the_call_then_from_the_checkpoint() -> None:
     assert same(resolve(loop_mode=TOKENS, default_scheduler=stored), min_delta=0.2)
     mine = RuleBasedScheduler(min_delta=0.5)
     assert resolve(loop_mode=TOKENS, default_scheduler=stored, scheduler=mine).scheduler is mine
-    assert same(resolve(loop_mode=TOKENS, default_scheduler=stored, scheduler="rule_based"))
+    assert same(resolve(loop_mode=TOKENS, default_scheduler=stored, scheduler="rule_based"), min_delta=0.2)
+    assert same(resolve(loop_mode=TOKENS, default_scheduler=stored, scheduler={"type": "rule_based"}))
     assert same(resolve(loop_mode=TOKENS, default_scheduler={"type": "fixed", "num_loops": 3}))
 
 
@@ -206,6 +211,66 @@ def test_a_tier_stays_within_the_bounds_and_sets_open_thresholds(tier: str, boun
     assert same(given, min_delta=0.07)
     mine = RuleBasedScheduler()
     assert resolve(loop_mode=TOKENS, quality_tier=tier, scheduler=mine).scheduler is mine and mine.min_delta == 0.03
+
+
+STORED = {"type": "value_head", "gain_threshold": 0.3, "loop_thresholds": [0.4, 0.2], "patience": 2}
+
+
+@pytest.mark.parametrize("named", [None, "value_head"])
+def test_a_scheduler_that_is_only_named_has_the_thresholds_of_the_checkpoint(named: str | None) -> None:
+    options = resolve(loop_mode=TOKENS, scheduler=named, default_scheduler=STORED, default_dependency="row")
+    assert same(options, "value_head", gain_threshold=0.3, loop_thresholds=[0.4, 0.2], patience=2)
+    assert options.halt_dependency == "row", "for which they were chosen"
+    asked = resolve(loop_mode=TOKENS, default_scheduler=STORED, default_dependency="row", halt_dependency="prefix")
+    assert asked.halt_dependency == "prefix"
+
+
+@pytest.mark.parametrize("given", [{"type": "value_head"}, "hybrid", {"type": "rule_based"}])
+def test_a_scheduler_that_is_described_or_another_owes_the_checkpoint_nothing(given: Any) -> None:
+    options = resolve(loop_mode=TOKENS, scheduler=given, default_scheduler=STORED, default_dependency="row")
+    assert options.scheduler is not None and options.scheduler.to_dict() == build_scheduler(given).to_dict()
+    assert options.halt_dependency is None
+
+
+def test_a_tier_overrides_the_thresholds_of_the_checkpoint() -> None:
+    options = resolve(loop_mode=TOKENS, quality_tier="fast", default_scheduler=STORED)
+    assert same(options, "value_head", gain_threshold=2e-3, loop_thresholds=None, patience=2)
+    given = {"type": "value_head", "predicted_gain_threshold": 0.3}
+    options = resolve(loop_mode=TOKENS, quality_tier="fast", scheduler=given)
+    assert same(options, "value_head", gain_threshold=0.3)
+
+
+def test_a_tier_leaves_the_threshold_of_a_probability_alone() -> None:
+    given = {"type": "value_head", "output_kind": "continue_logit"}
+    assert resolve(loop_mode=TOKENS, quality_tier="fast", scheduler=given).scheduler.gain_threshold == 0.5
+
+
+def test_dependency_of_the_thresholds_is_read_from_the_record() -> None:
+    assert calibrated_dependency({"value_head": {"calibrated": {"halt_dependency": "row"}}}) == "row"
+    for record in ({}, {"value_head": None}, {"value_head": {"calibrated": {"halt_dependency": "all"}}}):
+        assert calibrated_dependency(record) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "bound"),
+    [
+        ({}, 6),
+        ({"max_loops": 5}, 5),
+        ({"max_loops": 7}, 6),
+        ({"loop_mode": TOKENS, "allow_extrapolation": True}, 6),
+        ({"num_loops": 12, "allow_extrapolation": True}, 6),
+    ],
+)
+def test_a_budget_of_loops_lowers_the_bound(settings: dict[str, Any], bound: int) -> None:
+    assert loop_bound(CONFIG, settings, 6) == bound
+
+
+def test_a_budget_of_loops_above_the_maximum_admits_permitted_loops_and_no_others() -> None:
+    beyond = {"num_loops": 12, "allow_extrapolation": True}
+    assert resolve(**beyond, max_loops=loop_bound(CONFIG, beyond, 14)).num_loops == 12
+    with pytest.raises(InvalidConfigError, match="num_loops=12"):
+        resolve(**beyond, max_loops=loop_bound(CONFIG, beyond, 11))
+    assert loop_bound(CONFIG, {"num_loops": 12}, 14) == loop_bound(CONFIG, {"loop_mode": TOKENS}, 14) == 8
 
 
 def test_overthinking_bounds_a_tier() -> None:

@@ -31,7 +31,9 @@ _SOFT = ("patience", "delay", "hysteresis")
 SCHEDULER_FIELDS: dict[str, tuple[str, ...]] = {
     "fixed": (),
     "rule_based": ("min_delta", "delta_kind", "confidence_threshold", "entropy_threshold", "kl_threshold", *_SOFT),
-    "value_head": ("gain_threshold", "loop_cost", "output_kind", "risk_weight", "latency_weight", *_SOFT),
+    "value_head": (
+        *("gain_threshold", "loop_cost", "output_kind", "risk_weight", "latency_weight", "loop_thresholds", *_SOFT),
+    ),
     "hybrid": (
         *("min_delta", "delta_kind", "large_delta", "confidence_threshold", "gain_threshold"),
         *("high_conf_gain_threshold", "loop_cost", "gain_fallthrough", *_SOFT),
@@ -76,6 +78,8 @@ class SchedulerSettings(Section):
     """halt below this KL divergence of successive predictions in nats; null: no such rule"""
     predicted_gain_threshold: NotNegative | None = None
     """halt below this predicted gain per cost, a scheduler's `gain_threshold`; null: 5e-4, or a probability of 0.5"""
+    loop_thresholds: Annotated[tuple[NotNegative, ...], Field(min_length=1), as_listed] | None = None
+    """value_head: a gain threshold for each loop, the last one beyond; null: `predicted_gain_threshold` for all"""
     high_conf_gain_threshold: NotNegative | None = None
     """gain below which a confident token halts; null: as `predicted_gain_threshold`"""
     loop_cost: Positive = 1.0

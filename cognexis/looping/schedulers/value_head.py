@@ -1,6 +1,7 @@
 """Halting by what the value head expects of the next loop.
 
-A slot continues while value / loop_cost >= gain_threshold and else halts with the reason value_gain. What value is
+A slot continues while value / loop_cost >= gain_threshold and else halts with the reason value_gain. With
+``loop_thresholds`` the threshold after loop i is entry i of these, from 1, and beyond them the last. What value is
 depends on ``output_kind``:
 
     predicted_gain        predicted_gain
@@ -13,6 +14,7 @@ A NaN value continues.
 Source: contract SCH-07, VAL-04.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +51,7 @@ class ValueHeadScheduler(SoftScheduler):
         output_kind: which output of the value head counts, one of ``VALUE_OUTPUT_KINDS``.
         risk_weight: gain that one unit of uncertainty costs; for risk_adjusted_gain only.
         latency_weight: gain that one unit of ``loop_cost`` costs; for risk_adjusted_gain only.
+        loop_thresholds: at least one, each finite and at least 0; None: ``gain_threshold`` after every loop.
     """
 
     name = "value_head"
@@ -57,6 +60,7 @@ class ValueHeadScheduler(SoftScheduler):
     output_kind: str = "predicted_gain"
     risk_weight: float = 0.0
     latency_weight: float = 0.0
+    loop_thresholds: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,14 +75,26 @@ class ValueHeadScheduler(SoftScheduler):
             if getattr(self, name) and self.output_kind != "risk_adjusted_gain":
                 raise field_error(name, getattr(self, name), "needs output_kind='risk_adjusted_gain'")
 
+        if self.loop_thresholds is not None:
+            if isinstance(self.loop_thresholds, str) or not isinstance(self.loop_thresholds, Sequence):
+                raise field_error("loop_thresholds", self.loop_thresholds, "must be a list of numbers, or None")
+            if not self.loop_thresholds:
+                raise field_error("loop_thresholds", self.loop_thresholds, "must hold at least one number")
+            self.loop_thresholds = [real_number("loop_thresholds", value) for value in self.loop_thresholds]
+
     @property
     def signals(self) -> frozenset[str]:
         return frozenset({"predicted_gain"})
 
     def rules(self, observation: LoopObservation, diagnostics: dict[str, Any]) -> Rules:
-        assert self.gain_threshold is not None
         value = self._value(observation) / self.loop_cost
-        return [(self.below("value", value, self.gain_threshold), reason_code("value_gain"))]
+        return [(self.below("value", value, self._threshold(observation.loops)), reason_code("value_gain"))]
+
+    def _threshold(self, loop: int) -> float:
+        if self.loop_thresholds is not None:
+            return self.loop_thresholds[max(0, min(loop, len(self.loop_thresholds)) - 1)]
+        assert self.gain_threshold is not None
+        return self.gain_threshold
 
     def _value(self, observation: LoopObservation) -> Any:
         if self.output_kind == "continue_logit":

@@ -32,6 +32,7 @@ SPECS = [
     {"type": "value_head"},
     {"type": "value_head", "output_kind": "risk_adjusted_gain", "risk_weight": 1e-4, **STEADY},
     {"type": "value_head", "output_kind": "continue_logit"},
+    {"type": "value_head", "loop_thresholds": [0.2, 0.1]},
     {"type": "value_head", "output_kind": "uncertainty", "gain_threshold": 0.5},
     {"type": "hybrid", "large_delta": 0.09, "gain_fallthrough": True},
     {"type": "hybrid", "confidence_threshold": 0.5, **STEADY},

@@ -44,6 +44,20 @@ def test_continue_logit_is_compared_as_a_probability():
     assert answers(scheduler, *seen) == [CONTINUE, HALT]
 
 
+def test_every_loop_may_have_a_threshold_of_its_own():
+    scheduler = ValueHeadScheduler(gain_threshold=9.0, loop_thresholds=(0.3, 0.1), loop_cost=2)
+    seen = [observation(loop, predicted_gain=0.4) for loop in (1, 2, 3)]  # 0.2 per cost
+    assert answers(scheduler, *seen) == [HALT, CONTINUE, CONTINUE]
+    assert answers(scheduler, observation(3, predicted_gain=0.18)) == [HALT]
+    assert scheduler.to_dict()["loop_thresholds"] == [0.3, 0.1]
+
+
+@pytest.mark.parametrize("value", [[], [0.1, -1.0], [math.nan], [True], "0.1", 0.1])
+def test_thresholds_by_loop_are_checked(value):
+    with pytest.raises(InvalidConfigError, match="loop_thresholds="):
+        ValueHeadScheduler(loop_thresholds=value)
+
+
 def test_uncertainty_keeps_a_slot_running():
     scheduler = ValueHeadScheduler(output_kind="uncertainty", gain_threshold=0.3)
     assert answers(scheduler, observation(1, uncertainty=0.4), observation(2, uncertainty=0.2)) == [CONTINUE, HALT]
