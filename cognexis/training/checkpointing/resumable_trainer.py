@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -46,12 +47,15 @@ logger = logging.getLogger("cognexis.training")
 
 LOADER_FILE = "data_loader.json"
 SAVE_ERROR_POLICIES = ("stop", "continue")
+_SAVE_ERRORS = (CheckpointError, OSError, RuntimeError, SafetensorError)
 
 
 class ResumableTrainer(Trainer):
     """Saves, resumes and stops as the module docstring says.
 
     Args:
+        train_loader: batches in place of a ``train_dataset``, from a loader that keeps its own position, such as
+            ``cognexis.training.data.loader.TrainingLoader``.
         retention: which checkpoints stay; None takes ``args.save_total_limit`` as the number of newest ones.
         on_save_error: "stop" raises when a checkpoint cannot be written, "continue" trains on and says so.
         data_checksum: ``sha256:...`` of the data manifest, for the checkpoints.
@@ -69,6 +73,7 @@ class ResumableTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
+        train_loader: Any = None,
         retention: Retention | None = None,
         on_save_error: str = "stop",
         data_checksum: str | None = None,
@@ -92,7 +97,8 @@ class ResumableTrainer(Trainer):
         self._resumed_from: Path | None = None
         self._restores_generators = False
         self._last_metric: tuple[int, float] | None = None
-        self._loader: Any = None
+        self._loader: Any = train_loader
+        self._has_own_loader = train_loader is not None
         self.add_callback(_RunCallback(self))
 
     # ---- for subclasses
@@ -164,7 +170,8 @@ class ResumableTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """The loader; one with a state of its own starts where the checkpoint stopped."""
-        self._loader = super().get_train_dataloader()
+        if not self._has_own_loader:
+            self._loader = super().get_train_dataloader()
         self._position_loader()
         return self._loader
 
@@ -193,6 +200,7 @@ class ResumableTrainer(Trainer):
         """Take over the rest of the checkpoint's state; called when transformers has loaded its own."""
         if self._resumed_from is None:
             return
+        self.state.compute_steps(self.args, self.state.max_steps)  # how often to log and save is this run's choice
         state = read_training_state(self._resumed_from)
         losses = state.running.get("loss") or []
         if losses and all(isinstance(loss, float) for loss in losses):
@@ -221,7 +229,7 @@ class ResumableTrainer(Trainer):
         try:
             with self._staged(folder) as staging:
                 self._write_checkpoint(staging, folder)
-        except (CheckpointError, OSError, RuntimeError) as caught:
+        except _SAVE_ERRORS as caught:
             error = caught
         if message := self._first_message(None if error is None else str(error)):
             if self.on_save_error == "stop":
@@ -255,7 +263,7 @@ class ResumableTrainer(Trainer):
                 raise CheckpointError(shared[1]) from error
             try:
                 yield Path(shared[0])
-            except (CheckpointError, OSError, RuntimeError) as caught:
+            except _SAVE_ERRORS as caught:
                 error = caught
             # Nothing is committed unless every process has written its part.
             if message := self._first_message(None if error is None else str(error)):

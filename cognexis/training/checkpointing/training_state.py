@@ -82,7 +82,8 @@ def resume_faults(folder: Path) -> list[str]:
             missing = []
         is_sharded = STATE_FILE in named and bool(read_training_state(folder).nested)
         needed = [name for name in _NEEDED if not (is_sharded and name == "optimizer.pt")]
-        faults = [*result.faults, *(note for note in result.notes if _matters(note))]
+        faults = [*result.faults, *(note for note in result.notes if _matters(note.split(":")[0]))]
+        faults += [f"{name}: missing" for name in sorted(named) if _matters(name) and not (folder / name).exists()]
         faults += [f"{name}: not in the manifest" for name in [*needed, *missing] if name not in named]
         if STATE_FILE in named and not faults:
             faults += _nested_faults(folder, read_training_state(folder).nested)
@@ -91,9 +92,8 @@ def resume_faults(folder: Path) -> list[str]:
     return faults
 
 
-def _matters(note: str) -> bool:
-    """Whether a difference in an optional file touches the state of training."""
-    name = note.split(":")[0]
+def _matters(name: str) -> bool:
+    """Whether the state of training lies in this file, which a model loads without."""
     return name.endswith((".pt", ".pth")) or name in (*_NEEDED, "curriculum.json", "data_loader.json")
 
 
