@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 
-from cognexis.cortex_layers.types import MaybeState, ResetMask, Tensor
+from cognexis.cortex_layers.types import MaybeState, ResetMask
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -71,15 +72,30 @@ def normalise_resets(resets: ResetMask | None, x: Tensor, owner: str = "resets")
     )
 
 
+def check_device(state: MaybeState, x: Tensor, owner: str) -> None:
+    """Check that the state lies where the input does; its first tensor stands for all.
+
+    Raises:
+        ValueError: names the owner and both devices.
+    """
+    device = None if state is None else next((tensor.device for tensor in state.values(True, True)), None)
+    if device not in (None, x.device):
+        raise ValueError(
+            f"{owner}: state on device {device}, expected {x.device} as the input; move one of them there"
+        )
+
+
 def as_sequence(
-    x: Tensor, resets: ResetMask | None, hidden_size: int, owner: str
+    x: Tensor, state: MaybeState, resets: ResetMask | None, hidden_size: int, owner: str
 ) -> tuple[Tensor, Tensor | None, bool]:
     """Input and resets as ``[B, T, H]`` and bool ``[B, T]``, and whether they came as a step (then T is 1).
 
     Raises:
-        ValueError: a wrong shape; see ``check_input`` and ``normalise_resets``.
+        ValueError: a wrong shape, or a state on another device; see ``check_input``, ``check_device`` and
+            ``normalise_resets``.
     """
     is_step = check_input(x, hidden_size, owner)
+    check_device(state, x, owner)
     mask = normalise_resets(resets, x, owner)
     if is_step:
         x, mask = x.unsqueeze(1), None if mask is None else mask.unsqueeze(1)

@@ -67,7 +67,7 @@ class AGaLiTeCell(MemoryCell):
         )
 
     def forward(self, x: Tensor, state: MaybeState, *, resets: ResetMask | None = None) -> tuple[Tensor, MaybeState]:
-        x, mask, is_step = as_sequence(x, resets, self.hidden_size, "AGaLiTeCell")
+        x, mask, is_step = as_sequence(x, state, resets, self.hidden_size, "AGaLiTeCell")
         if state is None or not has_keys(state, "tilde_k", "tilde_v", "s", "tick"):
             state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
         if x.shape[1] == 0:

@@ -43,12 +43,17 @@ class CausalConv1d(MemoryCell):
         return state
 
     def forward(self, x: Tensor, state: MaybeState, *, resets: ResetMask | None = None) -> tuple[Tensor, MaybeState]:
-        x, mask, is_step = as_sequence(x, resets, self.hidden_size, "CausalConv1d")
+        x, mask, is_step = as_sequence(x, state, resets, self.hidden_size, "CausalConv1d")
         if self.conv is None:
             fresh = TensorDict({}, batch_size=[x.shape[0]], device=x.device)
             return x[:, 0] if is_step else x, fresh if state is None else state
         if state is None or not has_keys(state, "conv"):
             state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
+        if type(self.conv) is not nn.Conv1d:
+            raise ValueError(
+                f"CausalConv1d: the convolution was replaced by {type(self.conv).__name__}, which would not be used; "
+                "leave it out of an adapter's target modules"
+            )
         y, window = causal_conv(x, state["conv"], self.conv.weight, self.conv.bias, mask)
         return y[:, 0] if is_step else y, TensorDict({"conv": window}, batch_size=[x.shape[0]], device=x.device)
 

@@ -72,7 +72,7 @@ class ConvolvedCell(MemoryCell):
         return state
 
     def forward(self, x: Tensor, state: MaybeState, *, resets: ResetMask | None = None) -> tuple[Tensor, MaybeState]:
-        x, mask, is_step = as_sequence(x, resets, self.hidden_size, type(self).__name__)
+        x, mask, is_step = as_sequence(x, state, resets, self.hidden_size, type(self).__name__)
         needed = self.memory_keys if self.conv is None else (*self.memory_keys, "conv")
         if state is None or not has_keys(state, *needed):
             state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)

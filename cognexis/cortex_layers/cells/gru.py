@@ -31,7 +31,7 @@ class GRUCell(MemoryCell):
         return TensorDict({"h": h}, batch_size=[batch], device=device)
 
     def forward(self, x: Tensor, state: MaybeState, *, resets: ResetMask | None = None) -> tuple[Tensor, MaybeState]:
-        x, mask, is_step = as_sequence(x, resets, self.hidden_size, "GRUCell")
+        x, mask, is_step = as_sequence(x, state, resets, self.hidden_size, "GRUCell")
         if state is None or not has_keys(state, "h"):
             state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
         y, h = gru_sequence(self.net, x, state["h"], mask)

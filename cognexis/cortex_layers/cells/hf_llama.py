@@ -102,7 +102,7 @@ class HFLlamaLayerCell(MemoryCell):
         return TensorDict(state, batch_size=[batch], device=device)
 
     def forward(self, x: Tensor, state: MaybeState, *, resets: ResetMask | None = None) -> tuple[Tensor, MaybeState]:
-        x, mask, is_step = as_sequence(x, resets, self.hidden_size, "HFLlamaLayerCell")
+        x, mask, is_step = as_sequence(x, state, resets, self.hidden_size, "HFLlamaLayerCell")
         if state is None or not has_keys(state, *_COUNTS, *(("k", "v") if self.mem_len else ())):
             state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
         if x.shape[1] == 0:

@@ -44,7 +44,7 @@ class LSTMCell(MemoryCell):
         )
 
     def forward(self, x: Tensor, state: MaybeState, *, resets: ResetMask | None = None) -> tuple[Tensor, MaybeState]:
-        x, mask, is_step = as_sequence(x, resets, self.hidden_size, "LSTMCell")
+        x, mask, is_step = as_sequence(x, state, resets, self.hidden_size, "LSTMCell")
         if state is None or not has_keys(state, "h", "c"):
             state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
         y, h, c = lstm_sequence(self.net, x, state["h"], state["c"], mask)

@@ -91,7 +91,7 @@ class XLCell(MemoryCell):
         return state
 
     def forward(self, x: Tensor, state: MaybeState, *, resets: ResetMask | None = None) -> tuple[Tensor, MaybeState]:
-        x, mask, is_step = as_sequence(x, resets, self.hidden_size, "XLCell")
+        x, mask, is_step = as_sequence(x, state, resets, self.hidden_size, "XLCell")
         keys = ("mem", "mem_seg", "mem_k", "mem_v") if self.cfg.use_axon_qkv else ("mem", "mem_seg")
         if state is None or not has_keys(state, *keys) or state["mem"].shape[0] != x.shape[0]:
             state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)

@@ -15,7 +15,7 @@ from cognexis.cortex_layers.blocks.column.column import ColumnBlock
 from cognexis.cortex_layers.blocks.compiled import BlockCaller
 from cognexis.cortex_layers.blocks.registry import build_block_at_width
 from cognexis.cortex_layers.config import CortexStackConfig
-from cognexis.cortex_layers.state import check_input, fresh_state, normalise_resets
+from cognexis.cortex_layers.state import check_device, check_input, fresh_state, normalise_resets
 from cognexis.cortex_layers.types import MaybeState, ResetMask
 
 
@@ -49,7 +49,7 @@ class CortexStack(nn.Module):
             resets: see ``ResetMask``.
 
         Raises:
-            ValueError: a shape does not fit.
+            ValueError: a shape does not fit, or the state lies on another device.
         """
         check_input(x, self.d_hidden, "CortexStack")
         mask = normalise_resets(resets, x, "CortexStack")
@@ -57,6 +57,7 @@ class CortexStack(nn.Module):
             raise ValueError(
                 f"CortexStack: state of batch size {list(state.batch_size)}, expected [{x.shape[0]}] as in the input"
             )
+        check_device(state, x, "CortexStack")
         states: dict[str, MaybeState] = {}
         for key, block in zip(self.block_keys, self.blocks, strict=True):
             inner = child_state(state, key)

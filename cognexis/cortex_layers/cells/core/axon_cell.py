@@ -99,7 +99,7 @@ class AxonCell(MemoryCell):
                 f"AxonCell: out_dim={self.out_dim} differs from hidden_size={self.hidden_size}; a cell in a block "
                 "must keep the width (enforce_out_dim_eq_hidden=False allows it outside of blocks)"
             )
-        x, mask, is_step = as_sequence(x, resets, self.hidden_size, "AxonCell")
+        x, mask, is_step = as_sequence(x, state, resets, self.hidden_size, "AxonCell")
         if state is None or not has_keys(state, "hc1", "hc2"):
             state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
         if x.shape[1] == 0:
