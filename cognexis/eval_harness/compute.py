@@ -8,9 +8,9 @@ heads, D head width, F feed-forward width, V vocabulary and L loops, the matrix 
     total = (prelude blocks + L core blocks + coda blocks) block + L (gate + injection) + head
 
 A multiplication and an addition are two operations. Masked pairs of positions count, as eager attention computes
-them; a sliding window counts its keys only. A Cortex layer counts two operations per matrix parameter and token, its
-cells' own recurrences being elementwise. In token mode a row costs what its deepest token costs; ``token_updates`` is
-the sum of the tokens' loops, the least that a compacting implementation could do.
+them; a sliding window counts its keys only. A Cortex layer counts two operations per matrix parameter and
+token; what mLSTM and XL cells do with their memories is left out. In token mode a row costs what its deepest token
+costs; ``token_updates`` is the sum of the tokens' loops, the least that a compacting implementation could do.
 
 Elementwise operations are counted by this table, per element: norm 4, softmax 5, activation 5 (gated: one product
 more), rotation 3 (on queries and keys), residual 1 and its scale 1, gate 4 for the sigmoid and 3 for the mixture,
