@@ -17,6 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from cognexis.errors import CognexisError, InvalidConfigError, TokenizerError
+from cognexis.training.commands import train
 from cognexis.training.data.commands import data_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -29,6 +30,7 @@ scheduler_app = typer.Typer(
 app.add_typer(config_app, name="config")
 app.add_typer(scheduler_app, name="scheduler")
 app.add_typer(data_app, name="data")
+app.command()(train)
 
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a setting; repeatable.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

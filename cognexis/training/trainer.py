@@ -35,6 +35,7 @@ from cognexis.training.callbacks.metrics import MetricBuffer
 from cognexis.training.callbacks.spectral import SpectralMonitor
 from cognexis.training.checkpointing.resumable_trainer import ResumableTrainer
 from cognexis.training.curriculum import CurriculumSettings, LoopCurriculum, LoopSample
+from cognexis.training.data.loop_metadata import METADATA_KEY
 from cognexis.training.flops import forward_flops, step_flops
 from cognexis.training.losses.auxiliary import listed_depth
 from cognexis.training.losses.depth_losses import losses_by_depth
@@ -137,6 +138,11 @@ class CognexisTrainer(ResumableTrainer):
             return self._draw(None)
         return self._sample[1]
 
+    @property
+    def _columns_of_trainer(self) -> tuple[str, ...]:
+        """Columns that the model does not see."""
+        return (self.options.task_column, METADATA_KEY)
+
     def _common_tag(self, batches: list[Any]) -> str | None:
         """The tag of all rows of the step on all processes; None where they differ or have none."""
         profiles = self.curriculum.settings.task_profiles
@@ -162,7 +168,9 @@ class CognexisTrainer(ResumableTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of a micro-batch; in evaluation that of ``eval_loops``."""
-        inputs = {name: value for name, value in inputs.items() if name != self.options.task_column}
+        inputs = {
+            name: value for name, value in inputs.items() if name not in (self.options.task_column, METADATA_KEY)
+        }
         if not model.training:
             if self.options.eval_loops is not None:
                 inputs.setdefault("num_loops", self.options.eval_loops)
@@ -226,7 +234,7 @@ class CognexisTrainer(ResumableTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The global norm; where it is not finite, the step is made to change nothing."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        scaler_decides = getattr(self.accelerator, "scaler", None) is not None
+        scaler_decides = self._has_scaler
         is_finite = bool(torch.isfinite(torch.as_tensor(norm)))
         if not is_finite and not scaler_decides and not self._step_is_bad:
             self.metrics.alert("nonfinite", f"gradient norm {float(norm)} at step {self.state.global_step}")
@@ -236,9 +244,14 @@ class CognexisTrainer(ResumableTrainer):
         self._step_is_bad = False
         return norm
 
+    @property
+    def _has_scaler(self) -> bool:
+        scaler = getattr(self.accelerator, "scaler", None)
+        return scaler is not None and scaler.is_enabled()
+
     def _drop_gradients(self, model: nn.Module) -> None:
         """Leave nothing to step with; under a gradient scaler, what makes it refuse the step."""
-        if getattr(self.accelerator, "scaler", None) is None:
+        if not self._has_scaler:
             model.zero_grad(set_to_none=True)
             return
         for parameter in model.parameters():
@@ -297,6 +310,8 @@ class CognexisTrainer(ResumableTrainer):
         if total := sum(counts.values()):
             found["loops/mean"] = sum(n * count for n, count in counts.items()) / total
         found["loops/current_max"] = float(self.curriculum.current_max(step))
+        if hasattr(self._loader, "metrics"):
+            found |= self._loader.metrics.as_dict()
         if self.language_model.config.recurrent_residual_mode.startswith("learned"):
             report = residual_scale_report(self.language_model.model.recurrent, self.options.residual_scale_limit)
             found |= {f"residual_scale/{name}": high for name, (_, high) in report.items()}

@@ -29,7 +29,8 @@ def losses_by_depth(trainer: Any, batches: Iterable[Any], depths: Iterable[int])
     try:
         for batch in batches:
             inputs = trainer._prepare_inputs(batch)
-            inputs.pop(trainer.options.task_column, None)
+            for name in trainer._columns_of_trainer:
+                inputs.pop(name, None)
             labels, mask = inputs.pop("labels", None), inputs.pop("loss_mask", None)
             with watched(model) as run, trainer.accelerator.autocast():
                 model(**inputs, num_loops=wanted[-1], use_cache=False, logits_to_keep=1)

@@ -20,7 +20,7 @@ from cognexis.decoder.loss import IGNORED_LABEL, check_labels, checked_loss_mask
 from cognexis.decoder.norm import compute_dtype
 from cognexis.errors import InvalidConfigError, ShapeMismatchError
 
-_CHUNK_ELEMENTS = 2**25
+CHUNK_ELEMENTS = 2**25
 """Logits of one chunk: 128 MiB in float32."""
 
 
@@ -51,7 +51,7 @@ def chunked_causal_lm_loss(
     if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
         raise InvalidConfigError(f"chunk_size={chunk_size!r}: must be a positive integer", path="chunk_size")
     targets, weights = targets.to(hidden_states.device), weights.to(hidden_states.device)
-    size = chunk_size or max(1, _CHUNK_ELEMENTS // head.out_features)
+    size = chunk_size or max(1, CHUNK_ELEMENTS // head.out_features)
     if torch.is_autocast_enabled(hidden_states.device.type):
         dtype = torch.get_autocast_dtype(hidden_states.device.type)
     else:
