@@ -36,8 +36,8 @@ logger = logging.getLogger("cognexis.eval_harness.cortex")
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 # Chosen for about three minutes per stack on two cores.
-COMMON_DEFAULTS: dict[str, Any] = {"num_samples": 2000, "epochs": 12, "lr": 2e-3, "batch_size": 32}
-TASK_DEFAULTS: dict[str, dict[str, Any]] = {"dyck": {"num_samples": 4000, "epochs": 8}}
+COMMON_DEFAULTS: dict[str, Any] = {"num_samples": 2000, "epochs": 12, "easier_epochs": 0, "lr": 2e-3, "batch_size": 32}
+TASK_DEFAULTS: dict[str, dict[str, Any]] = {"dyck": {"num_samples": 4000, "epochs": 4, "easier_epochs": 3}}
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--stack", help=f"{', '.join([*STACKS, *ALIASES])}, or all")
     add("--list", action="store_true", help="list tasks and stacks, and stop")
     add("--epochs", type=int, help="passes over the training part")
+    add("--easier-epochs", type=int, help="passes over each easier data set of the task, before that")
     add("--batch-size", type=int, help="sequences per update")
     add("--lr", type=float, help="highest learning rate")
     add("--num-samples", type=int, help="sequences in all three parts together")
@@ -184,6 +185,7 @@ def pick_device(name: str) -> str:
 def compute(job: Job, splits: Splits) -> Row:
     """Train and test one stack."""
     name = f"{job.task} / {job.stack}"
+    easier = get_task(job.task).easier(len(splits.train), seed=job.settings.seed, **job.difficulty)
     # The bar appears on terminals only; elsewhere the line per epoch shows the progress.
     with tqdm(desc=name, unit="update", disable=None, leave=False, file=sys.stderr) as bar:
 
@@ -204,6 +206,7 @@ def compute(job: Job, splits: Splits) -> Row:
             job.width,
             splits,
             job.settings,
+            easier=easier,
             on_update=on_update,
             on_epoch=on_epoch,
         )

@@ -3,7 +3,8 @@
     logits = Linear(stack(Embedding(ids))[:, -1])
 
 AdamW with cross-entropy; the learning rate rises over the first 5 % of the updates and falls along a half cosine to
-zero. The weights with the best validation accuracy are the ones that are tested, once.
+zero. The weights with the best validation accuracy are the ones that are tested, once. Where the task offers easier
+data, training begins with so many passes over each of them as ``easier_epochs`` says.
 
 With ``chunk_size`` C only the last C tokens are trained on: everything before runs in pieces of C without gradient,
 and the state is detached. What earlier tokens contribute can then reach only parameters whose state carries
@@ -13,7 +14,7 @@ stateful lies above them. ``axons_parity_probe`` measures how equal it is.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,7 @@ class TrainingSettings:
 
     Args:
         epochs: passes over the training part.
+        easier_epochs: passes over each of the easier data sets, before that.
         batch_size: sequences per update.
         lr: highest learning rate.
         weight_decay: of every parameter outside the Axon recurrences.
@@ -54,6 +56,7 @@ class TrainingSettings:
     """
 
     epochs: int = 5
+    easier_epochs: int = 0
     batch_size: int = 64
     lr: float = 1e-3
     weight_decay: float = 0.01
@@ -72,6 +75,7 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         rules = [
             ("epochs", self.epochs >= 1, "must be at least 1"),
+            ("easier_epochs", self.easier_epochs >= 0, "must be 0 or more"),
             ("batch_size", self.batch_size >= 1, "must be at least 1"),
             ("lr", 0 < self.lr < math.inf, "must be above 0 and finite"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "must be 0 or more and finite"),
@@ -142,12 +146,14 @@ def train_classifier(
     splits: Splits,
     settings: TrainingSettings,
     *,
+    easier: Sequence[SequenceTask] = (),
     on_update: Callable[[int, int, float], None] = lambda update, total, loss: None,
     on_epoch: Callable[[int, dict[str, float]], None] = lambda epoch, entry: None,
 ) -> TrainingResult:
     """Train the stack that ``build`` makes, and test it.
 
     Args:
+        easier: what to train on first, ``easier_epochs`` times each; validation begins with the task itself.
         on_update: called with the number of updates done, their total, and the loss.
         on_epoch: called with the epoch, from 1, and its entry of the history.
 
@@ -157,20 +163,22 @@ def train_classifier(
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model = SequenceClassifier(build(), width, splits.train.vocab_size, splits.train.num_classes)
-        return _train(model.to(settings.device), splits, settings, on_update, on_epoch)
+        first = [part for part in easier for _ in range(settings.easier_epochs)]
+        return _train(model.to(settings.device), splits, first, settings, on_update, on_epoch)
 
 
 def _train(
     model: SequenceClassifier,
     splits: Splits,
+    first: list[SequenceTask],
     settings: TrainingSettings,
     on_update: Callable[[int, int, float], None],
     on_epoch: Callable[[int, dict[str, float]], None],
 ) -> TrainingResult:
     order = torch.Generator().manual_seed(settings.seed)
     optimizer = make_optimizer(model, settings)
-    updates_per_epoch = math.ceil(len(splits.train) / settings.batch_size)
-    total = settings.epochs * updates_per_epoch
+    parts = [*first, *[splits.train] * settings.epochs]
+    total = sum(math.ceil(len(part) / settings.batch_size) for part in parts)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: lr_factor(update, total))
     result = TrainingResult(
         majority_class=splits.test.labels.bincount().max().item() / len(splits.test),
@@ -178,13 +186,13 @@ def _train(
         val_accuracy=-1.0,
     )
     best: dict[str, Tensor] = {}
-    training_seconds = 0.0
+    training_seconds, num_tokens = 0.0, 0
     start = time.perf_counter()
-    for epoch in range(1, settings.epochs + 1):
+    for epoch, part in enumerate(parts, start=1 - len(first)):
         model.train()
         epoch_start = time.perf_counter()
         losses = []
-        for ids, labels in batches(splits.train, settings, order):
+        for ids, labels in batches(part, settings, order):
             if settings.axons_parity_probe and result.num_updates % settings.axons_parity_probe == 0:
                 result.parity.append({"update": result.num_updates, **probe_parity(model, ids, labels, settings)})
             loss = nn.functional.cross_entropy(chunked_logits(model, ids, settings), labels)
@@ -199,6 +207,9 @@ def _train(
             result.num_updates += 1
             on_update(result.num_updates, total, losses[-1])
         training_seconds += time.perf_counter() - epoch_start
+        num_tokens += part.ids.numel()
+        if epoch < 1:
+            continue
         accuracy = accuracy_of(model, splits.val, settings)
         seconds = time.perf_counter() - start
         entry = {"loss": sum(losses) / len(losses), "val_accuracy": accuracy, "seconds": round(seconds, 2)}
@@ -212,7 +223,6 @@ def _train(
     model.load_state_dict(best)
     result.test_accuracy = accuracy_of(model, splits.test, settings)
     result.seconds = round(time.perf_counter() - start, 2)
-    num_tokens = len(result.history) * splits.train.ids.numel()
     result.tokens_per_second = round(num_tokens / training_seconds, 1)
     return result
 

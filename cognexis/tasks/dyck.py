@@ -10,6 +10,7 @@ is ill formed exactly if one of these was below two.
 """
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ from cognexis.tasks.sequence_task import SequenceTask, require
 OPEN = 0
 CLOSE = 1
 _PICKY_ATTEMPTS = 100
+# From 10 pairs on there are enough different words.
+_EASIER = (0.2, 0.4)
+_FEWEST_PAIRS = 10
+_MOST_EASIER_SAMPLES = 5000
 
 
 class Dyck(SequenceTask):
@@ -40,6 +45,14 @@ class Dyck(SequenceTask):
         self.num_pairs, self.length = num_pairs, 2 * num_pairs
         self.vocab_size, self.num_classes = 2, 2
         super().__init__(num_samples, seed=seed, start_idx=start_idx, end_idx=end_idx)
+
+    @classmethod
+    def easier(cls, num_samples: int, *, seed: int, **difficulty: Any) -> list[SequenceTask]:
+        """A fifth and two fifths of the pairs, as far as these are 10 or more; at most 5000 samples."""
+        num_pairs = difficulty.get("num_pairs", cls.difficulty()["num_pairs"])
+        sizes = [size for share in _EASIER if (size := round(share * num_pairs)) >= _FEWEST_PAIRS]
+        count = min(num_samples, _MOST_EASIER_SAMPLES)
+        return [cls(count, num_pairs=size, seed=(seed + size) % 2**63) for size in sizes]
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         words = draw_words(count, self.num_pairs, generator)

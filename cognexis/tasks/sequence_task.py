@@ -104,6 +104,17 @@ class SequenceTask(Dataset[tuple[Tensor, Tensor]]):
         parameters = inspect.signature(cls.__init__).parameters.values()
         return {parameter.name: parameter.default for parameter in parameters if parameter.name not in shared}
 
+    @classmethod
+    def easier(cls, num_samples: int, *, seed: int, **difficulty: Any) -> list["SequenceTask"]:
+        """Data sets of shorter sequences, the shortest first, that help to learn the task; none unless it has some.
+
+        Args:
+            num_samples: the most samples of each.
+            seed: of the task itself; theirs follow from it.
+            difficulty: of the task itself.
+        """
+        return []
+
     def _part(self, start: int, end: int) -> Self:
         part = type(self).__new__(type(self))
         part.__dict__ |= self.__dict__ | {"ids": self.ids[start:end], "labels": self.labels[start:end]}

@@ -63,6 +63,29 @@ def test_a_stack_learns_and_the_global_random_state_stays():
     assert result.history[result.best_epoch - 1]["val_accuracy"] == result.val_accuracy
 
 
+def test_easier_data_comes_first_and_only_the_task_itself_is_validated():
+    splits, settings = small_splits(), TrainingSettings(epochs=2, easier_epochs=3, batch_size=16, stop_at=2)
+    easier = [DelayedRecall(20, delay=1, delay_spread=1), DelayedRecall(40, delay=2, delay_spread=1)]
+    seen, totals = [], set()
+
+    class Recorder(GRUStack):
+        def forward(self, x, state=None, *, resets=None):
+            if self.training:
+                seen.append(tuple(x.shape[:2]))
+            return super().forward(x, state, resets=resets)
+
+    result = train_classifier(
+        Recorder, WIDTH, splits, settings, easier=easier, on_update=lambda done, total, _: totals.add(total)
+    )
+    first = [[(16, part.length)] * (len(part) // 16) + [(len(part) % 16, part.length)] for part in easier]
+    assert seen[:15] == first[0] * 3 + first[1] * 3
+    assert {length for _, length in seen[15:]} == {splits.train.length}
+    assert totals == {15 + 2 * 10} and result.num_updates == 35
+    assert len(result.history) == 2 and result.best_epoch in (1, 2)
+    plain = train_classifier(GRUStack, WIDTH, splits, TrainingSettings(epochs=1, batch_size=16), easier=easier)
+    assert plain.num_updates == 10
+
+
 def test_equal_seeds_give_equal_results():
     def run(seed):
         settings = TrainingSettings(epochs=2, seed=seed)

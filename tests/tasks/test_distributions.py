@@ -53,6 +53,16 @@ def test_ends_of_a_long_word_hardly_tell():
     assert given_away.float().mean() < 0.04 and not given_away[task.labels == 1].any()
 
 
+def test_easier_words_are_shorter_and_drawn_by_seeds_of_their_own():
+    one, two = Dyck.easier(8000, seed=3)
+    assert (one.num_pairs, two.num_pairs) == (10, 20) and len(one) == len(two) == 5000
+    assert [part.num_pairs for part in Dyck.easier(40, seed=3, num_pairs=100)] == [20, 40]
+    assert [part.num_pairs for part in Dyck.easier(40, seed=3, num_pairs=30)] == [12]
+    assert Dyck.easier(40, seed=3, num_pairs=16) == []
+    repeated, other = Dyck.easier(40, seed=3)[0], Dyck.easier(40, seed=4)[0]
+    assert torch.equal(repeated.ids, Dyck.easier(40, seed=3)[0].ids) and not torch.equal(repeated.ids, other.ids)
+
+
 def test_needles_stay_in_front_of_the_tail():
     task = TwoNeedleXor(1000)
     assert task.ids.sum(1).unique().tolist() == [2, 3] and not task.ids[:, 192:].any()
