@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         StepEvent,
         StepEventStreamer,
         TrainingRecord,
+        register_layer_type,
         register_scheduler,
     )
 
@@ -54,6 +55,7 @@ __all__ = [
     "StepEvent",
     "StepEventStreamer",
     "TrainingRecord",
+    "register_layer_type",
     "register_scheduler",
 ]
 

@@ -42,6 +42,7 @@ from cognexis.configuration_rules import (
     type_faults,
     unknown_key_fault,
 )
+from cognexis.configuration_sizes import PUBLISHED_SIZES, TRAINABLE_SIZES, VARIANTS
 from cognexis.errors import ConfigFault, InvalidConfigError
 
 logger = logging.get_logger(__name__)
@@ -69,55 +70,6 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_cognexis.CognexisForTokenClassification",
     "AutoModelForQuestionAnswering": "modeling_cognexis.CognexisForQuestionAnswering",
 }
-
-_PUBLISHED_SIZES = {  # name: hidden, heads, prelude, coda, loops, FFN width for the label, FFN width of the slim form
-    "cognexis-8b": (4096, 32, 8, 8, 12, 33_792, 11_008),
-    "cognexis-64b": (8192, 64, 10, 10, 16, 116_224, 22_016),
-    "cognexis-256b": (12_288, 96, 12, 12, 20, 266_496, 33_024),
-    "cognexis-1.28t": (16_384, 128, 16, 16, 24, 774_656, 44_032),
-}
-_SETTLING = {  # measured: additive injection at full strength and a closing norm let the state settle
-    "recurrent_gating": False,
-    "recurrent_residual_mode": "fixed",
-    "recurrent_residual_scale": 1.0,
-    "input_injection": "residual",
-    "injection_scale": 1.0,
-    "injection_projection": "identity",
-    "recurrent_norm": "sandwich",
-}
-_TRAINABLE_SIZES: dict[str, dict[str, Any]] = {
-    "cognexis-tiny": {
-        **_SETTLING,
-        "vocab_size": 8192,
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "max_position_embeddings": 1024,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_prelude_blocks": 1,
-        "num_coda_blocks": 1,
-        "trained_max_loops": 8,
-        "default_loops": 4,
-    },
-    "cognexis-mini": {
-        **_SETTLING,
-        "vocab_size": 8192,
-        "hidden_size": 256,
-        "intermediate_size": 768,
-        "max_position_embeddings": 2048,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "num_prelude_blocks": 2,
-        "num_coda_blocks": 2,
-        "trained_max_loops": 16,
-        "default_loops": 8,
-    },
-}
-VARIANTS = (
-    *_TRAINABLE_SIZES,
-    *_PUBLISHED_SIZES,
-    *(f"{name}-slim" for name in _PUBLISHED_SIZES),
-)
 
 
 @dataclass(frozen=True)
@@ -439,15 +391,15 @@ class CognexisConfig(PreTrainedConfig):
         """
         key = str(name).strip().lower().replace("_", "-").replace(" ", "-").removeprefix("cognexis-")
         key = "cognexis-" + key.replace("1280b", "1.28t")
-        if key in _TRAINABLE_SIZES:
-            return cls(**_TRAINABLE_SIZES[key] | overrides)
+        if key in TRAINABLE_SIZES:
+            return cls(**TRAINABLE_SIZES[key] | overrides)
         base = key.removesuffix("-slim")
-        if base not in _PUBLISHED_SIZES:
+        if base not in PUBLISHED_SIZES:
             near = nearest_name(key, VARIANTS)
             raise InvalidConfigError(
                 f"unknown variant {name!r}{near}; allowed: {', '.join(VARIANTS)}", path="variant", value=name
             )
-        hidden, heads, prelude, coda, loops, width, slim_width = _PUBLISHED_SIZES[base]
+        hidden, heads, prelude, coda, loops, width, slim_width = PUBLISHED_SIZES[base]
         sizes = {
             "hidden_size": hidden,
             "num_attention_heads": heads,

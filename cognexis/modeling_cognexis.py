@@ -10,26 +10,19 @@ What is unusual: ``config.num_hidden_layers`` counts key/value slots (see ``cach
 Reference: Dehghani et al. 2019, "Universal Transformers"; Geiping et al. 2025, arXiv 2502.05171.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.modeling_outputs import (
     QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
-from cognexis.checkpoints.model_files import CheckpointFiles
 from cognexis.configuration_cognexis import CognexisConfig
-from cognexis.decoder.attention import AttentionSite
-from cognexis.decoder.block import CognexisBlock, TransformerBlock
 from cognexis.decoder.block_stack import BlockStack
 from cognexis.decoder.cache import CognexisCache, bind_cache
 from cognexis.decoder.generation import LoopedGenerationMixin
@@ -52,10 +45,11 @@ from cognexis.decoder.masks import build_masks, require_maskable_attention, with
 from cognexis.decoder.mixed_loops import MixedLoops, check_mixed, compacts, depth_policy, run_mixed
 from cognexis.decoder.norm import build_norm
 from cognexis.decoder.outputs import CognexisCausalLMOutput, CognexisModelOutput, body_output, kept_positions
-from cognexis.decoder.recurrent_core import CoreOutput, LoopState, RecurrentCore
+from cognexis.decoder.pretrained import CognexisPreTrainedModel, EmbeddingOutput
+from cognexis.decoder.recurrent_core import CoreOutput, RecurrentCore
 from cognexis.decoder.rope import CognexisRotaryEmbedding
 from cognexis.decoder.stability import require_finite_states
-from cognexis.decoder.state_layer import CognexisStateBlock, ForeignBlock, StateLayer
+from cognexis.decoder.state_layer import compiles_as_one_graph
 from cognexis.errors import CacheError, InvalidConfigError, NonFiniteError
 from cognexis.looping.options import (
     CALL_KEYWORDS,
@@ -67,76 +61,6 @@ from cognexis.looping.options import (
 )
 from cognexis.looping.session import LoopSession
 from cognexis.looping.value_head import ValueHead
-
-
-class EmbeddingOutput(nn.Dropout):
-    """Dropout on the embeddings; its output is the first of the recorded hidden states."""
-
-
-class CognexisPreTrainedModel(CheckpointFiles, PreTrainedModel):  # type: ignore[misc]
-    """What all Cognexis models share: capabilities, initialisation and activation checkpointing by loops."""
-
-    config: CognexisConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["CognexisBlock", "CognexisStateBlock", "RecurrentCore"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _can_compile_fullgraph = True
-    _supports_attention_backend = True
-    _can_record_outputs = {
-        "hidden_states": [
-            OutputRecorder(EmbeddingOutput, capture_initial_hidden_state=False),
-            OutputRecorder(CognexisBlock, capture_initial_hidden_state=False),
-            OutputRecorder(CognexisStateBlock, capture_initial_hidden_state=False),
-            OutputRecorder(ForeignBlock, capture_initial_hidden_state=False),
-            OutputRecorder(LoopState, capture_initial_hidden_state=False),
-        ],
-        "attentions": OutputRecorder(AttentionSite, index=1),
-    }
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if (own := getattr(module, "own_start", None)) is not None:
-            start, prefix = own
-            start.draw(module, prefix)
-            return
-        super()._init_weights(module)
-        if isinstance(module, TransformerBlock | StateLayer):
-            for learned in module.parameters(recurse=False):
-                init.constant_(learned, module.residual_scale_init)
-        elif isinstance(module, nn.Linear):
-            # A module without parameters of its own is never handed to this method, so its layers carry their start.
-            if (bias := getattr(module, "initial_bias", None)) is not None:
-                init.constant_(module.bias, bias)
-            if (scale := getattr(module, "initial_identity_scale", None)) is not None:
-                eye = torch.eye(module.out_features, dtype=module.weight.dtype, device=module.weight.device)
-                init.copy_(module.weight, torch.cat((eye, scale * eye), dim=1))
-
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
-    ) -> None:
-        """As in transformers; among the checkpointing options, ``every_k_loops`` makes k loops one segment.
-
-        Raises:
-            InvalidConfigError: ``every_k_loops`` is not a positive integer.
-        """
-        options = {"use_reentrant": False, **getattr(gradient_checkpointing_func, "keywords", {})}
-        every = options.pop("every_k_loops", 1)
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise InvalidConfigError(
-                f"every_k_loops={every!r}: must be an integer of at least 1", path="every_k_loops"
-            )
-        function = partial(getattr(gradient_checkpointing_func, "func", gradient_checkpointing_func), **options)
-        if every_n_layers == 1:  # older transformers do not know the argument
-            super()._set_gradient_checkpointing(enable, function)
-        else:
-            super()._set_gradient_checkpointing(enable, function, every_n_layers)
-        for module in self.modules():
-            if isinstance(module, RecurrentCore):
-                module.checkpoint_every_loops = every
 
 
 class CognexisModel(CognexisPreTrainedModel):
@@ -160,6 +84,7 @@ class CognexisModel(CognexisPreTrainedModel):
         self.value_head = None if config.value_head is None else ValueHead(config.hidden_size, config.value_head)
         self.compaction = "auto"
         self.gradient_checkpointing = False
+        self._can_compile_fullgraph = compiles_as_one_graph(self)
         self.post_init()
 
     @merge_with_config_defaults
@@ -250,7 +175,8 @@ class CognexisModel(CognexisPreTrainedModel):
         if position_ids is None:
             restarts = documents if self.config.document_boundary_attention else None
             position_ids = default_positions(attention_mask, restarts, past_key_values, length, hidden_states.device)
-        check_positions(self.config, position_ids)
+        if self.config.has_attention:
+            check_positions(self.config, position_ids)
         masks = build_masks(
             self.config,
             hidden_states,
@@ -366,6 +292,7 @@ class CognexisForCausalLM(CognexisPreTrainedModel, LoopedGenerationMixin):  # ty
         self.model = CognexisModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.loss_function = causal_lm_loss
+        self._can_compile_fullgraph = self.model._can_compile_fullgraph
         self.post_init()
         if self.generation_config is not None:  # keep loop defaults when the generation config is saved and loaded
             self.generation_config._from_model_config = False

@@ -19,6 +19,7 @@ from cognexis.checkpoints.metadata import TrainingRecord
 from cognexis.configuration_cognexis import CognexisConfig
 from cognexis.decoder.cache import CognexisCache
 from cognexis.decoder.generation_stats import CognexisGenerateBeamOutput, CognexisGenerateOutput
+from cognexis.decoder.state_layer import register_layer_type
 from cognexis.decoder.streaming import StepEvent, StepEventStreamer
 from cognexis.hub.build import build_id
 from cognexis.hub.bundle import write_bundle, write_tokenizer_code
@@ -68,5 +69,6 @@ __all__ = [
     "StepEvent",
     "StepEventStreamer",
     "TrainingRecord",
+    "register_layer_type",
     "register_scheduler",
 ]

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "cognexis"
 MAX_LINES = 600
 
 # Part of the package (a folder or a file right below it) -> the parts that it may import besides itself.
-_CONFIGURATION = {"configuration_cognexis", "configuration_rules"}
+_CONFIGURATION = {"configuration_cognexis", "configuration_rules", "configuration_sizes"}
 _TO_CONFIGURATION = {"errors", "kernels", "cortex_layers", "checkpoints", *_CONFIGURATION}
 _TO_MODEL = {*_TO_CONFIGURATION, "looping", "tokens", "decoder", "modeling_cognexis"}
 _BESIDE_MODEL = {"tokens", "tokenization_cognexis", "artifacts", "tasks", "safety"}
@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "kernels": {"errors"},
     "cortex_layers": {"errors", "kernels"},
     "checkpoints": {"errors"},
-    "configuration_cognexis": {"errors", "cortex_layers", "checkpoints", "configuration_rules"},
+    "configuration_cognexis": {"errors", "cortex_layers", "checkpoints", "configuration_rules", "configuration_sizes"},
+    "configuration_sizes": set(),
     "configuration_rules": {"errors", "cortex_layers", "checkpoints"},
     "looping": _TO_CONFIGURATION,
     "decoder": {*_TO_CONFIGURATION, "looping", "tokens"},
@@ -47,7 +48,7 @@ MAY_IMPORT = {
     "__init__": {"registration", "registration_hook"},
 }
 # Where a part may import one module of another part only.
-ONLY_MODULE = {(part, "cortex_layers"): "cortex_layers.config" for part in _CONFIGURATION}
+ONLY_MODULE = {(part, "cortex_layers"): "cortex_layers.layer_settings" for part in _CONFIGURATION}
 RUNNABLE = {"cli", "__main__"}
 
 # The parts whose files travel with a checkpoint, and the packages that these may import.
@@ -231,8 +232,8 @@ VIOLATIONS: dict[Rule, list[tuple[str, str, str]]] = {
         ("kernels.conv", "from cognexis.cortex_layers.types import State", "may not import cortex_layers"),
         ("kernels.conv", "from cognexis.configuration_cognexis import C", "may not import configuration"),
         ("cortex_layers.cells", "from cognexis.looping.trace import T", "may not import looping"),
-        ("configuration_cognexis", "from cognexis.cortex_layers.state import S", "only cortex_layers.config"),
-        ("configuration_rules", "from cognexis.cortex_layers import S", "only cortex_layers.config"),
+        ("configuration_cognexis", "from cognexis.cortex_layers.state import S", "only cortex_layers.layer_settings"),
+        ("configuration_rules", "from cognexis.cortex_layers import S", "only cortex_layers.layer_settings"),
         ("looping.driver", "from cognexis.decoder.cache import C", "looping may not import decoder"),
         ("decoder.cache", "from cognexis.modeling_cognexis import M", "may not import modeling_cognexis"),
         ("modeling_cognexis", "from cognexis.training.losses import L", "may not import training"),
@@ -290,7 +291,7 @@ VIOLATIONS: dict[Rule, list[tuple[str, str, str]]] = {
 ALLOWED: dict[Rule, list[tuple[str, str]]] = {
     wrong_direction: [
         ("decoder.block", "from cognexis.decoder.norm import N\nfrom cognexis.looping.trace import T"),
-        ("configuration_cognexis", "from cognexis.cortex_layers.config import CortexStackConfig"),
+        ("configuration_cognexis", "from cognexis.cortex_layers.layer_settings import layer_faults"),
         ("training.trainer", "from cognexis.modeling_cognexis import M\nimport torch, datasets"),
         ("__main__", "from cognexis.cli import main"),
     ],

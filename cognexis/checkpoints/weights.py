@@ -26,6 +26,7 @@ from cognexis.checkpoints.manifest import is_plain_name
 from cognexis.errors import CheckpointError
 
 _FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+_INDEX_DTYPES = frozenset({"I64"})
 _BODY = "model."
 _BODY_PARTS = frozenset({"embed_tokens", "prelude", "recurrent", "coda", "final_norm", "lm_head"})
 _CORE_COPY = re.compile(r"recurrent\.(?:blocks|loops|layers)\.(\d+)\.")
@@ -129,8 +130,8 @@ def check_weights(
         if name not in wanted:
             if (_is_ours(name) and name not in tied and not name.startswith("lm_head.")) or not allow_unknown:
                 faults.append(f"{name}: the model of this configuration has no such tensor")
-        elif header.dtype not in _FLOAT_DTYPES:
-            faults.append(f"{name}: dtype {header.dtype}, must be one of {sorted(_FLOAT_DTYPES)}")
+        elif header.dtype not in (allowed := _FLOAT_DTYPES if wanted[name].is_floating_point() else _INDEX_DTYPES):
+            faults.append(f"{name}: dtype {header.dtype}, must be one of {sorted(allowed)}")
         elif not allow_other_shapes and header.shape != tuple(wanted[name].shape):
             faults.append(f"{name}: shape {list(header.shape)}, the configuration asks for {list(wanted[name].shape)}")
     if faults:

@@ -66,7 +66,7 @@ class CortexTDConfig(BaseModel):
     def _check(self) -> "CortexTDConfig":
         if self.stack_cfg is None and self.stack is not None:
             self.__dict__["stack_cfg"] = self.stack.config
-        if self.stack_cfg is None:
+        if self.stack_cfg is None and self.stack is None:
             raise ValueError("stack_cfg: is required, or a built stack")
         if self.store_dtype is not None:
             if "dtype" in self.model_fields_set and _DTYPES.get(self.dtype) != _DTYPES.get(self.store_dtype):
@@ -107,9 +107,12 @@ class CortexTD(nn.Module):
     def __init__(self, config: CortexTDConfig) -> None:
         super().__init__()
         self.config = config
-        assert config.stack_cfg is not None
         self.in_key, self.out_key, self.name = config.in_key, config.out_key, config.name
-        self.stack = config.stack if config.stack is not None else build_cortex(config.stack_cfg)
+        if config.stack is not None:
+            self.stack = config.stack
+        else:
+            assert config.stack_cfg is not None
+            self.stack = build_cortex(config.stack_cfg)
         width = self.stack.d_hidden
         if width != config.d_hidden:
             raise ValueError(f"d_hidden={config.d_hidden}: the stack has d_hidden={width}")

@@ -2,11 +2,10 @@
 
 from typing import TypeAlias
 
-import torch
 from tensordict import TensorDict
+from torch import Tensor
 
-Tensor: TypeAlias = torch.Tensor
 State: TypeAlias = TensorDict
 MaybeState: TypeAlias = TensorDict | None
-ResetMask: TypeAlias = torch.Tensor
+ResetMask: TypeAlias = Tensor
 """0/1 in any dtype: ``[B]`` or ``[B, 1]`` for a step; ``[B, T]``, or ``[B]`` (first token), for a sequence."""

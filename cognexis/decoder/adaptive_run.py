@@ -5,7 +5,9 @@ The dense form is the reference: every loop computes every token and keeps the u
     h = where(active, R(h), h)
 
 The compact form gives the same result for less: rows without an active token are left out, and within a row only the
-active tokens are computed, against the keys of all tokens. A token that has just stopped shows deeper loops the keys
+active tokens are computed, against the keys of all tokens. Rows are computed together in groups of nearly as many
+active tokens each, so that little is made up to fill a group: at most 4 % of its tokens, or in the form "grouped" what
+costs no more than starting another group would. A token that has just stopped shows deeper loops the keys
 of its frozen state, for which one key and value projection suffices because the core is a single block (see
 ``depth_cache``). The compact form reads on the host which tokens are active, so it waits once per loop.
 
@@ -22,6 +24,7 @@ from cognexis.decoder.block import TransformerBlock
 from cognexis.decoder.depth_cache import CachePolicy, DepthKeys, FirstLoop
 from cognexis.decoder.inputs import last_real_token
 from cognexis.decoder.recurrent_core import RecurrentCore
+from cognexis.looping.cost import core_flops_per_token
 from cognexis.looping.signals import (
     confidence,
     entropy,
@@ -37,6 +40,8 @@ from cognexis.looping.value_head import ValueHead
 
 _PROBED = frozenset({"confidence", "margin", "entropy", "prediction_change"})
 _AT_LAST_TOKEN = frozenset({"confidence", "margin", "entropy"})
+_FILL_SHARE = 0.04
+_START_FLOPS = 20_000_000  # about a millisecond of one CPU core
 _VALUE_FIELDS = ("continue_logit", "uncertainty")  # outputs of a value head with a field of their own
 
 
@@ -50,7 +55,8 @@ class AdaptiveRun:
         shared: ``position_embeddings``, ``position_ids`` and what is handed down to attention.
         is_real: bool ``[B, T]``, False at padding.
         cache: the bound cache, or None.
-        compaction: "exact" leaves stopped tokens out and waits for the host once per loop; "off" computes densely.
+        compaction: "exact" leaves stopped tokens out and waits for the host once per loop; "grouped" does so as far as
+            it pays; "off" computes densely.
         reduces_rows: signals are reduced to one per row.
         probe: gives logits ``[B, T, V]`` of a state, or of each row's last real token ``[B, 1, V]``; called as
             ``probe(state, last_only)``.
@@ -91,7 +97,8 @@ class AdaptiveRun:
         self._stores_frozen = policy is not None and policy.is_exact and isinstance(core.blocks[0], TransformerBlock)
         self._stores_frozen &= len(core.blocks) == 1
         self.runs_all_loops = policy is not None and policy.is_exact and len(core.blocks) > 1
-        self.waits = compaction == "exact" and self._is_separable and not torch.is_grad_enabled()
+        self.waits = compaction != "off" and self._is_separable and not torch.is_grad_enabled()
+        self._allowance = _free_tokens(core.config, h0.shape[1]) if compaction == "grouped" else 0
         picks = core.state_layer is None and all(isinstance(m, Tensor) and m.ndim == 4 for m in masks.values())
         self._picks_tokens = picks
         self.state = core.initial_state(h0, shared["position_ids"])
@@ -111,8 +118,8 @@ class AdaptiveRun:
     def advance(self, loop_index: int, active: Tensor) -> None:
         """Run loop ``loop_index`` (from 0) for the tokens of ``active`` ``[B, T]``."""
         self.previous = self.state
-        chosen = self._choose(active) if self.waits else None
-        if chosen is None:
+        groups = self._choose(active) if self.waits else None
+        if groups is None:
             self.keys.choose(None, None)
             update, _ = self.core.loop(
                 self.state, self.h0, loop_index, self.masks, self.memories, past_key_values=self.keys, **self.shared
@@ -120,30 +127,38 @@ class AdaptiveRun:
             self.state = torch.where(active[..., None], update, self.state)
             self.computed_tokens += active.numel()
         else:
-            self._advance_some(loop_index, active, *chosen)
+            if self._ran is not None and any(tokens.shape[1] < active.shape[1] for _, tokens in groups):
+                self._freeze(self._ran & ~active, active.any(dim=1).nonzero()[:, 0])
+            self.state = self.state.clone()
+            for place, (rows, tokens) in enumerate(groups):
+                self.keys.choose(rows, tokens, goes_on=place > 0)
+                self._advance_some(loop_index, active, rows, tokens)
         self.state = self.core.loop_state(self.state)
         self._ran = active
         if self.core.config.state_retention != "final_only":
             self.states.append(self.state)
 
-    def _choose(self, active: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Rows ``[R]`` and their tokens ``[R, A]`` to compute; None when that is everything, or nothing (padding)."""
+    def _choose(self, active: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+        """Rows ``[R]`` and their tokens ``[R, A]`` of each group; None when that is everything, or nothing (padding)."""
         counts = active.sum(dim=1)
-        rows = counts.nonzero()[:, 0]
-        length = active.shape[1]
-        most = int(counts.max()) if self._picks_tokens else length
-        if len(rows) == 0 or (len(rows) == active.shape[0] and most == length):
+        rows, length = counts.nonzero()[:, 0], active.shape[1]
+        if not self._picks_tokens:
+            counts = torch.full_like(counts, length)
+        rows = rows[counts[rows].argsort(descending=True, stable=True)]
+        sizes = counts[rows].tolist()
+        if not sizes or (len(sizes) == active.shape[0] and sizes[-1] == length):
             return None
-        if most == length:
-            return rows, torch.arange(length, device=rows.device).expand(len(rows), length)
-        return rows, (~active[rows]).long().argsort(dim=1, stable=True)[:, :most]
+        ordered = (~active[rows]).long().argsort(dim=1, stable=True) if self._picks_tokens else None
+        groups = []
+        for start, end in _groups(sizes, self._allowance):
+            some = torch.arange(length, device=rows.device).expand(end - start, length)
+            if ordered is not None and sizes[start] < length:
+                some = ordered[start:end, : sizes[start]]
+            groups.append((rows[start:end], some))
+        return groups
 
     def _advance_some(self, loop_index: int, active: Tensor, rows: Tensor, tokens: Tensor) -> None:
-        length = active.shape[1]
-        at = (rows[:, None], tokens)
-        if self._ran is not None and tokens.shape[1] < length and self._picks_tokens:
-            self._freeze(self._ran[rows] & ~active[rows], rows)
-        self.keys.choose(rows, tokens)
+        at, length = (rows[:, None], tokens), active.shape[1]
         state = self.state[at]
         update, _ = self.core.loop(
             state,
@@ -154,12 +169,12 @@ class AdaptiveRun:
             past_key_values=self.keys,
             **self._picked_shared(rows, tokens),
         )
-        self.state = self.state.clone()
         self.state[at] = torch.where(active[at][..., None], update, state)
         self.computed_tokens += tokens.numel()
 
     def _freeze(self, stopped: Tensor, rows: Tensor) -> None:
-        """Give tokens that stopped in the last loop, ``[R, T]``, the keys of their frozen state."""
+        """Give tokens of ``rows`` ``[R]`` that stopped in the last loop, ``[B, T]``, the keys of their frozen state."""
+        stopped = stopped[rows]
         most = int(stopped.sum(dim=1).max())
         if most == 0:
             return
@@ -250,6 +265,26 @@ class AdaptiveRun:
             frozen = [self.core.frozen_keys(self.state, self.h0, self.shared["position_embeddings"])]
         every = self.keys.num_loops
         self.keys.commit(loops, torch.full_like(loops, every) if self.runs_all_loops else loops, frozen)
+
+
+def _groups(sizes: list[int], allowance: int) -> list[tuple[int, int]]:
+    """Where to cut rows of falling ``sizes``, so that filling the rows of a group up to its first adds little.
+
+    Args:
+        allowance: tokens that may be added to a group however small it is.
+    """
+    starts, added, total = [0], 0, 0
+    for index, size in enumerate(sizes):
+        added, total = added + sizes[starts[-1]] - size, total + size
+        if added > max(_FILL_SHARE * total, allowance):
+            starts.append(index)
+            added, total = 0, size
+    return list(zip(starts, [*starts[1:], len(sizes)], strict=True))
+
+
+def _free_tokens(config: Any, num_keys: int) -> int:
+    """Tokens that can be computed in the time in which a group of rows is started."""
+    return _START_FLOPS // core_flops_per_token(config, num_keys)
 
 
 def _picked(values: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:

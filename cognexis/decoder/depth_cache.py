@@ -386,8 +386,10 @@ class DepthKeys:
         self.shares_first_loop = shares_first_loop
         self._loops: list[list[Pair]] = [[] for _ in range(num_blocks)]  # what each loop left, for commit
         self._current: list[Pair | None] = [None] * num_blocks  # what every token shows to the loop at hand
+        self._new: list[Pair | None] = [None] * num_blocks  # of the loop at hand
         self._rows: Tensor | None = None
         self._tokens: Tensor | None = None
+        self._goes_on = False
         self._stacks: dict[int, Any] = {}  # by block: layers with memory over time, and below what their loops left
         self._states: dict[int, dict[int, list[tuple[Tensor, Any]]]] = {}
         self.made_up_tokens = 0  # steps that states over time had left out before
@@ -397,9 +399,12 @@ class DepthKeys:
         """Loops collected so far."""
         return max(*map(len, self._loops), *map(len, self._states.values()), 0)
 
-    def choose(self, rows: Tensor | None, tokens: Tensor | None) -> None:
-        """The next loop computes ``tokens`` ``[R, A]`` of ``rows`` ``[R]`` only; None means all of all."""
-        self._rows, self._tokens = rows, tokens
+    def choose(self, rows: Tensor | None, tokens: Tensor | None, goes_on: bool = False) -> None:
+        """The next loop computes ``tokens`` ``[R, A]`` of ``rows`` ``[R]`` only; None means all of all.
+
+        With ``goes_on`` these are further rows of the loop at hand.
+        """
+        self._rows, self._tokens, self._goes_on = rows, tokens, goes_on
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Pair:
         """Take the keys of the loop at hand and return, for the chosen rows, all that its queries may see.
@@ -415,9 +420,10 @@ class DepthKeys:
         else:
             assert self._tokens is not None
             new = self._placed(block, (key_states, value_states), self._rows, self._tokens)
+        self._new[block] = new
         if not (self.shares_first_loop and loop > 0):
             self._current[block] = new
-        if self.layers is not None:
+        if self.layers is not None and not self._goes_on:
             self._loops[block].append(new)
         shown = self._current[block]
         assert shown is not None
@@ -460,17 +466,21 @@ class DepthKeys:
     def freeze(self, rows: Tensor, tokens: Tensor, pair: Pair) -> None:
         """Let tokens that just stopped show ``pair`` ``[R, G, A, D]`` to deeper loops; for a core of one block."""
         if not self.shares_first_loop:
+            self._goes_on = False
             self._current[0] = self._placed(0, pair, rows, tokens)
 
     def _placed(self, block: int, pair: Pair, rows: Tensor, tokens: Tensor) -> Pair:
         """The current keys ``[B, G, T, D]`` of all tokens with ``pair`` at ``tokens`` of ``rows``.
 
-        Tokens that the first loop leaves out show zeros: they are padding or belong to ended rows.
+        Tokens that the first loop leaves out show zeros: they are padding or belong to ended rows. Further rows of a
+        loop are written into what its first rows made.
         """
-        base, placed = self._current[block], []
+        base, placed = self._new[block] if self._goes_on else self._current[block], []
         for which, new in enumerate(pair):
-            shape = (self.shape[0], new.shape[1], self.shape[1], new.shape[3])
-            result = new.new_zeros(shape) if base is None else base[which].clone()
+            if base is None:
+                result = new.new_zeros((self.shape[0], new.shape[1], self.shape[1], new.shape[3]))
+            else:
+                result = base[which] if self._goes_on else base[which].clone()
             result[rows[:, None], :, tokens] = new.transpose(1, 2)
             placed.append(result)
         return placed[0], placed[1]

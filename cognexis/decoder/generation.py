@@ -280,6 +280,8 @@ class LoopedGenerationMixin(_GenerationMixin):
             raise InvalidConfigError(
                 "generate_batch: attention memory and global tokens need a cache slot of their own"
             )
+        if self.config.has_time_state:
+            raise InvalidConfigError("generate_batch: the paged cache holds keys and values, no states over time")
         if any("num_key_value_heads" in o or "num_attention_heads" in o for o in overrides):
             raise InvalidConfigError("generate_batch: the paged cache needs equal head counts in all stages")
         _use_names_of_aliases(kwargs)

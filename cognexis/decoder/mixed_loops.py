@@ -111,6 +111,11 @@ def compacts(body: Any, device: torch.device) -> bool:
     return body.compaction == "exact" or (body.compaction == "auto" and device.type == "cpu")
 
 
+def _form(body: Any, device: torch.device) -> str:
+    """How stopped tokens are left out; see :class:`AdaptiveRun`."""
+    return ("exact" if body.compaction == "exact" else "grouped") if compacts(body, device) else "off"
+
+
 def run_mixed(
     body: Any,
     h0: Tensor,
@@ -144,7 +149,7 @@ def run_mixed(
         shared,
         loops.is_real,
         cache=cache,
-        compaction="exact" if compacts(body, h0.device) else "off",
+        compaction=_form(body, h0.device),
         reduces_rows=options.loop_mode == "adaptive_sequence",
         probe=_probe_of(body, masks, shared, loops),
         value_head=body.value_head,

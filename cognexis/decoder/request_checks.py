@@ -82,6 +82,11 @@ def check_prompt(config: Any, input_ids: Any, kwargs: dict[str, Any]) -> None:
         )
     if not bool((attention_mask != 0).any(dim=1).all()):
         raise InvalidConfigError("attention_mask: a row has no real token", path="attention_mask")
+    if config.has_time_state and not bool((attention_mask[:, -1] != 0).all()):
+        raise InvalidConfigError(
+            "attention_mask: a row ends with padding, which would enter the states over time; pad on the left",
+            path="attention_mask",
+        )
     if rows == 1 and not bool(attention_mask[0, -1]):  # transformers warns of larger batches itself
         logger.warning("attention_mask: right-padding was detected; pad on the left for correct generation")
 
@@ -151,7 +156,7 @@ def check_lengths(config: Any, generation_config: Any, prompt_length: int) -> No
     """
     new_tokens = generation_config.max_length - prompt_length
     limit = config.max_position_embeddings
-    is_scaled = config.rope_parameters.get("rope_type", "default") != "default"
+    is_scaled = config.rope_parameters.get("rope_type", "default") != "default" or not config.has_attention
     if prompt_length > limit and not is_scaled:
         raise InvalidConfigError(
             f"input_ids: a prompt of {prompt_length} tokens exceeds max_position_embeddings={limit}",

@@ -160,6 +160,11 @@ def _build(config: Any, layer_type: str, stage: str, slots: Sequence[int]) -> nn
     return _BUILDERS[layer_type](config, stage, slots)
 
 
+def compiles_as_one_graph(model: nn.Module) -> bool:
+    """Whether a step of ``model`` can be one compiled graph; torch's own LSTM and GRU layers cannot be part of one."""
+    return not any(isinstance(module, nn.RNNBase) for module in model.modules())
+
+
 def is_attention(layer_type: str) -> bool:
     """Whether this is one of the package's attention layers."""
     return layer_type in LAYER_TYPES and not has_time_state(layer_type)

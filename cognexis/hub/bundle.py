@@ -33,7 +33,7 @@ COGNEXIS = BundleLayout(
     entries=("configuration_cognexis", "modeling_cognexis", "tokenization_cognexis"),
     required=("configuration_cognexis", "modeling_cognexis", "tokenization_cognexis"),
     stays=("artifacts", "tasks", "safety", "training", "eval_harness", "serving", "hub", "cli", "__main__"),
-    files=(("looping.schedulers", "looping"),),
+    files=(("looping.schedulers", "looping"), ("configuration_sizes", "configuration_rules")),
 )
 # A model and a tokenizer each bring their own code into a folder. What both need is the same file, whoever writes it.
 _MODEL_FILES = ("configuration_cognexis.py", "modeling_cognexis.py")

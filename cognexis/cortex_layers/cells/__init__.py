@@ -45,8 +45,8 @@ CELLS: dict[type[CellConfig], type[MemoryCell]] = {
     mLSTMCellConfig: mLSTMCell,
     sLSTMCellConfig: sLSTMCell,
 }
-for _config, _cell in CELLS.items():
-    register_cell(_config)(_cell)
+for _config, _built_in in CELLS.items():
+    register_cell(_config)(_built_in)
 
 __all__ = [
     "CELLS",

@@ -99,12 +99,14 @@ class mLSTMCell(ConvolvedCell):
 
     def _run_gate(self, gate: nn.Module, x: Tensor, parent: TensorDict, mask: Tensor | None) -> Tensor:
         """``[B, T, 3 H]`` to ``[B, N, T]``."""
-        if isinstance(gate, nn.Linear):
-            wide = accumulator_dtype(x.dtype)
+        wide = accumulator_dtype(x.dtype)
+        if isinstance(gate, AxonLayer):
+            y = gate(x, parent, resets=mask)
+        elif type(gate) is nn.Linear:
             with no_autocast(x):
                 y = F.linear(x.to(wide), gate.weight.to(wide), gate.bias.to(wide))
-        else:
-            y = gate(x, parent, resets=mask)
+        else:  # an adapter around the layer
+            y = gate(x).to(wide)
         return y.transpose(1, 2)
 
 
