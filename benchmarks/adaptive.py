@@ -77,7 +77,7 @@ class Rule:
 RULES = (
     *(Rule("KL", threshold) for threshold in (5e-4, 1e-5, 1e-7)),
     *(Rule("KL", threshold, patience=3) for threshold in (1e-2, 5e-4)),
-    *(Rule("change", threshold) for threshold in (0.3, 0.1, 0.03)),
+    *(Rule("change", threshold) for threshold in (0.5, 0.3, 0.1, 0.03)),
 )
 DECODE_RULES = (Rule("KL", 1e-5), Rule("change", 0.1))
 

@@ -379,6 +379,7 @@ class TimesTen(nn.Module):
 
     config = SimpleNamespace(first_loop_slot=0, state_retention="all", selected_states=[])
     blocks = [None]
+    state_layer = None
 
     def memories(self, *args: Any) -> list[None]:
         return [None]
@@ -433,14 +434,14 @@ def test_the_compact_form_computes_no_more_than_the_active_rows(shared: Any) -> 
     assert facts.computed_tokens == 9 * int(output.loop_counts.sum()) == int(facts.active.sum())
 
 
-def test_the_compact_form_computes_the_widest_row_of_active_tokens(shared: Any) -> None:
+def test_the_compact_form_computes_little_more_than_the_active_tokens(shared: Any) -> None:
     ids, mask, depths = text(shared)
     facts = {
         form: by_depths(shared, ids, mask, depths, form, return_loop_stats=True).loop_diagnostics
         for form in ("off", "exact")
     }
     active = [[int((row >= loop).sum()) for row in depths] for loop in range(1, LOOPS + 1)]
-    assert facts["exact"].computed_tokens == sum(max(row) * sum(n > 0 for n in row) for row in active)
+    assert sum(map(sum, active)) <= facts["exact"].computed_tokens <= 1.05 * sum(map(sum, active))
     assert facts["off"].computed_tokens == LOOPS * mask.numel()
     for form in facts.values():
         assert form.active.tolist() == [sum(row) for row in active]
