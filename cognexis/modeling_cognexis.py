@@ -69,7 +69,7 @@ class CognexisModel(CognexisPreTrainedModel):
     Attributes:
         value_head: predicts what further loops gain; None unless ``config.value_head`` describes one.
         compaction: "exact" leaves stopped tokens out of the computation and waits for the device once per loop,
-            "off" computes all of them; "auto" is "exact" on a CPU and "off" elsewhere.
+            "off" computes all of them; "auto" leaves them out on a CPU as far as that pays, and not elsewhere.
     """
 
     def __init__(self, config: CognexisConfig) -> None:

@@ -139,7 +139,7 @@ class AdaptiveRun:
             self.states.append(self.state)
 
     def _choose(self, active: Tensor) -> list[tuple[Tensor, Tensor]] | None:
-        """Rows ``[R]`` and their tokens ``[R, A]`` of each group; None when that is everything, or nothing (padding)."""
+        """Rows ``[R]`` and their tokens ``[R, A]`` by group; None when that is everything, or nothing (padding)."""
         counts = active.sum(dim=1)
         rows, length = counts.nonzero()[:, 0], active.shape[1]
         if not self._picks_tokens:
