@@ -17,6 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from cognexis.errors import CognexisError, InvalidConfigError, TokenizerError
+from cognexis.eval_harness.command_line import eval_app
 from cognexis.training.commands import train
 from cognexis.training.data.commands import data_app
 
@@ -29,6 +30,7 @@ scheduler_app = typer.Typer(
 )
 app.add_typer(config_app, name="config")
 app.add_typer(scheduler_app, name="scheduler")
+app.add_typer(eval_app, name="eval")
 app.add_typer(data_app, name="data")
 app.command()(train)
 

@@ -44,10 +44,11 @@ def write_report(folder: Path, studies: Sequence[CurveStudy]) -> list[Path]:
 
 
 def draw_all(studies: Sequence[CurveStudy]) -> dict[str, bytes]:
-    """Every picture by name; curves of one data set and metric share a picture."""
+    """Every picture by name; curves of one data set and metric share one. Perplexity is drawn without its log only."""
     groups: dict[str, list[CurveStudy]] = {}
+    logs = {study.first.dataset for study in studies if study.first.metric_name == "negative_log_likelihood"}
     for study in studies:
-        if study.rows:
+        if study.rows and not (study.first.metric_name == "perplexity" and study.first.dataset in logs):
             groups.setdefault(study.title, []).append(study)
     pictures = {}
     for title, group in groups.items():

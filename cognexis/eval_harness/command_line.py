@@ -1,0 +1,56 @@
+"""The commands ``cognexis eval ...``; what they need is imported when they run."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+eval_app = typer.Typer(no_args_is_help=True, help="Measure a checkpoint, at several depths.")
+
+
+@eval_app.callback()
+def _group() -> None:
+    """Measure a checkpoint, at several depths."""
+
+
+@eval_app.command("loop-scaling")
+def loop_scaling(
+    config: Annotated[Path, typer.Option(help="Run configuration with an evaluation section.")],
+    checkpoint: Annotated[Path, typer.Option(help="Folder of a saved model.")],
+    depths: Annotated[
+        str | None, typer.Option(help="Loop counts, such as 1,2,4,8; default: the configuration's.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results; default: the configuration's.")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a setting.")] = None,
+    max_rows: Annotated[int, typer.Option(help="At most so many rows of a data set.", min=1)] = 256,
+    row_length: Annotated[int | None, typer.Option(help="Predicted tokens of a row; default 128.", min=1)] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the default is cuda if present.")] = None,
+) -> None:
+    """Quality, compute, time and state of a model by the number of loops, with a report."""
+    from cognexis.eval_harness.scaling.grid import parse_depths
+    from cognexis.eval_harness.scaling.loop_scaling import LoopScalingOrder, run_loop_scaling
+
+    order = LoopScalingOrder(
+        config=config,
+        checkpoint=checkpoint,
+        depths=None if depths is None else parse_depths(depths),
+        out=out,
+        overrides=tuple(sets or ()),
+        max_rows=max_rows,
+        row_length=row_length,
+        device=device,
+    )
+    for path in run_loop_scaling(order, lambda line: print(line, file=sys.stderr, flush=True)):
+        print(path)
+
+
+@eval_app.command("report")
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder with rows.jsonl, as loop-scaling writes it.")],
+) -> None:
+    """Make the report of a study again, from its files alone."""
+    from cognexis.eval_harness.scaling.loop_scaling import report_folder
+
+    for path in report_folder(folder):
+        print(path)
