@@ -38,6 +38,7 @@ from cognexis.training.trainer import CognexisTrainer
 
 logger = logging.getLogger("cognexis.training")
 
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 _UNUSED_BY_MODEL = ("domains", "loop_metadata")
 
 
@@ -111,13 +112,14 @@ def pretrain(source: str | Path | RunConfig, order: PretrainOrder | None = None)
         CheckpointError: a checkpoint that was asked for is damaged, or one cannot be written.
     """
     order = order or PretrainOrder()
-    trainer = build_trainer(source, order)
+    config = read_config(source, order)
+    trainer = build_trainer(config, order)
     output = trainer.train(order.resume)
     finished = trainer.stop_signal is None
     folder = Path(trainer.args.output_dir)
     evaluation = [line for line in trainer.state.log_history if "eval_loss" in line]
     if finished:
-        _save_model(trainer, folder / "model")
+        _save_model(trainer, folder / "model", config)
     return PretrainResult(
         output_dir=str(folder),
         model_dir=str(folder / "model") if finished else None,
@@ -130,19 +132,21 @@ def pretrain(source: str | Path | RunConfig, order: PretrainOrder | None = None)
     )
 
 
+def read_config(source: str | Path | RunConfig, order: PretrainOrder) -> RunConfig:
+    """The resolved configuration of a run, checked for the processes that take part."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if not isinstance(source, RunConfig):
+        source = load_run_config(source, "train", order.overrides, world_size=world_size, check_files=True)
+    return resolve(source, world_size)
+
+
 def build_trainer(source: str | Path | RunConfig, order: PretrainOrder) -> CognexisTrainer:
     """The trainer of a run, ready to train; the resolved configuration is written by then. See :func:`pretrain`."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if isinstance(source, RunConfig):
-        config = source
-    else:
-        given = str(source) if isinstance(source, Path) else source
-        config = load_run_config(given, "train", order.overrides, world_size=world_size, check_files=True)
-    config = resolve(config, world_size)
+    config = read_config(source, order)
     training: Any = config.training
     arguments = TrainingArguments(**_arguments(config, order))
     if arguments.process_index == 0:
-        write_resolved(config, training.checkpoint.output_dir, world_size)
+        write_resolved(config, training.checkpoint.output_dir, arguments.world_size)
     set_seed(config.run.seed)
     tokenizer = _tokenizer(config)
     model = _model(config, tokenizer)
@@ -323,16 +327,15 @@ def _set_loss_scale(trainer: CognexisTrainer, precision: Any) -> None:
     )
 
 
-def _save_model(trainer: CognexisTrainer, folder: Path) -> None:
+def _save_model(trainer: CognexisTrainer, folder: Path, config: RunConfig) -> None:
     """The finished model in the format that its configuration names, with its tokenizer."""
     trainer.accelerator.wait_for_everyone()
     if not trainer.args.should_save or trainer.is_fsdp_enabled:
         return
     model = trainer.language_model
     model.training_record = trainer.training_record()
-    wanted = getattr(torch, str(model.config.dtype).removeprefix("torch."), model.dtype)
-    state = {name: tensor.to(wanted) for name, tensor in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=state)
+    assert config.model is not None
+    model.to(_DTYPES.get(config.model.dtype or "", model.dtype)).save_pretrained(folder)
     if trainer.processing_class is not None:
         trainer.processing_class.save_pretrained(folder)
 

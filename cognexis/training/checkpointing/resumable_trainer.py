@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from cognexis.checkpoints.commit import staged_folder
 from cognexis.checkpoints.json_file import read_json, write_json
@@ -148,10 +148,21 @@ class ResumableTrainer(Trainer):
         self._resumed_from, self.stop_signal = checkpoint, None
         if checkpoint is not None:
             warn_or_refuse(self, read_training_state(checkpoint), checkpoint)
+            if 0 < self.args.max_steps <= read_training_state(checkpoint).step:
+                return self._take_over_finished(checkpoint)
             logger.warning("training goes on from %s", checkpoint)
         with StopSignals() as self._signals:
             path = None if checkpoint is None else str(checkpoint)
             return super().train(path, trial, ignore_keys_for_eval)
+
+    def _take_over_finished(self, checkpoint: Path) -> TrainOutput:
+        """Load a run that has taken all its steps; transformers would take one more."""
+        logger.warning("%s has taken all %d steps; nothing is left to do", checkpoint, self.args.max_steps)
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        files = {name: read_json(checkpoint / name) for name in self.state_files()}
+        self.load_extra_state(read_training_state(checkpoint).extra, files)
+        return TrainOutput(self.state.global_step, 0.0, {})
 
     def _checkpoint_to_resume(self, wanted: str | bool | None) -> Path | None:
         if not wanted:

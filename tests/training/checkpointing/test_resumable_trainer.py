@@ -122,6 +122,14 @@ def test_damaged_checkpoint_that_is_asked_for_is_refused_with_its_faults(run):
         small_trainer(run).train(str(run / "checkpoint-9"))
 
 
+def test_finished_run_is_taken_over_without_another_step(run, whole):
+    trainer = small_trainer(run)
+    assert trainer.train("auto").global_step == 12
+    assert trainer.curriculum.state_dict() == whole[1]["curriculum"]
+    saved = type(trainer.model).from_pretrained(run / "checkpoint-12").state_dict()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in trainer.model.state_dict().items())
+
+
 def test_nothing_to_resume_from_is_an_error_and_auto_starts_anew(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint that training can go on from"):
         small_trainer(tmp_path).train(True)
