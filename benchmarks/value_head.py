@@ -24,11 +24,15 @@ from cognexis import CognexisForCausalLM
 from cognexis.checkpoints.json_file import read_json
 from cognexis.tasks.windowed_parity import draw_rows
 from cognexis.training.scheduler.commands import CalibrationOptions, DataOptions, calibrate, fit, report
-from cognexis.training.scheduler.rows import DataRow, read_rows, rows_of_split
+from cognexis.training.scheduler.frontier import regret
+from cognexis.training.scheduler.report import table
+from cognexis.training.scheduler.rows import read_rows, rows_of_split
 from cognexis.training.scheduler.runs import run_outcome
 
 RESULTS = Path(__file__).parent / "results"
 LONGEST_SHORT_ROW = 32
+REST = 0.5
+"""Relative change of a state that has come to rest."""
 FEATURES = ["relative_delta", "confidence"]
 DATA = {"rows.jsonl": (2000, 8, 64, 0, 32), "others.jsonl": (48, 65, 128, 1, 64)}
 """File -> rows, fewest and most bits, seed, depth of the runs."""
@@ -54,31 +58,44 @@ def fitted(checkpoint: Path, work: Path, device: str) -> Path:
     return out
 
 
-def by_loop_outcome(checkpoint: Path, data: Path, num_loops: int, device: str) -> dict[str, float]:
-    """Mean loops, loss and accuracy with the thresholds by loop instead of the single one."""
+def further_outcomes(
+    checkpoint: Path, data: Path, num_loops: int, device: str, oracle: list[dict[str, float]]
+) -> list[list[str]]:
+    """Mean loops, loss, accuracy and regret of schedulers that the report leaves out."""
     model: Any = CognexisForCausalLM.from_pretrained(checkpoint)
     model.to(device).eval()
     config, record = model.config, model.scheduler_record["value_head"]
     file = read_rows(data, vocab_size=config.vocab_size, max_length=config.max_position_embeddings)
     is_own = record["fit"]["data_checksum"] == file.checksum
-    rows: list[DataRow] = rows_of_split(file.rows, "test") if is_own else list(file.rows)
-    scheduler = {"type": "value_head", "loop_thresholds": record["calibrated"]["loop_thresholds"]}
-    return run_outcome(model, rows, scheduler, num_loops=num_loops, dependency="row")
+    rows = rows_of_split(file.rows, "test") if is_own else list(file.rows)
+    gain = record["calibrated"]["chosen"]["value_head"]["threshold"]
+    hybrid = {"type": "hybrid", "min_delta": REST, "confidence_threshold": None, "gain_threshold": gain}
+    schedulers = {
+        "value_head, thresholds by loop": {
+            "type": "value_head",
+            "loop_thresholds": record["calibrated"]["loop_thresholds"],
+        },
+        f"hybrid, change < {REST}": hybrid,
+        "act": {"type": "act", "gain_threshold": gain, "ponder_cost": 0.0},
+        f"rule_based, change < {REST}": {"type": "rule_based", "min_delta": REST},
+    }
+    lines = []
+    for name, scheduler in schedulers.items():
+        for dependency in ("row", "prefix"):
+            found = run_outcome(model, rows, scheduler, num_loops=num_loops, dependency=dependency)
+            values = found | regret(found, oracle)
+            keys = ("mean_loops", "loss", "accuracy", "loops_regret", "loss_regret")
+            lines.append([dependency, name, *("" if values[k] is None else f"{values[k]:.4g}" for k in keys)])
+    return lines
 
 
-def section(found: dict[str, Any], report_text: str, by_loop: dict[str, float], picture: str) -> str:
-    """The report's text one level lower, its picture, and what thresholds by loop give."""
+def section(report_text: str, further: list[list[str]], picture: str) -> str:
+    """The report's text one level lower, further schedulers, and the picture."""
     lines = report_text.splitlines()[1:]
     lowered = "\n".join(f"#{line}" if line.startswith("#") else line for line in lines).strip()
-    best = next(row for row in found["operating_points"]["row"] if row["policy"] == "value_head")
+    header = ("halting by", "scheduler", "mean loops", "loss", "accuracy", "loops regret", "loss regret")
     return "\n\n".join(
-        [
-            lowered,
-            f"With thresholds by loop, whole rows halt after {by_loop['mean_loops']:.4g} loops with a loss of "
-            f"{by_loop['loss']:.4g} and an accuracy of {by_loop['accuracy']:.4g}; with the single one after "
-            f"{best['mean_loops']:.4g}.",
-            f"![frontiers and reliability]({picture})",
-        ]
+        [lowered, "### Further schedulers", table(header, further), f"![frontiers and reliability]({picture})"]
     )
 
 
@@ -98,11 +115,12 @@ def main() -> None:
     for name, (_, fewest, most, _, num_loops) in DATA.items():
         data, out = options.work / name, options.work / f"report_{Path(name).stem}"
         found = report(DataOptions(checkpoint, data, max_loops=num_loops, device=options.device), out)
-        by_loop = by_loop_outcome(checkpoint, data, num_loops, options.device)
+        oracle = found["frontiers"]["row"]["oracle"]
+        further = further_outcomes(checkpoint, data, num_loops, options.device, oracle)
         picture = f"value_head_{Path(name).stem}_{options.device}.png"
         if (out / "report.png").is_file():
             shutil.copy(out / "report.png", RESULTS / picture)
-        text = section(found, (out / "report.md").read_text("utf-8"), by_loop, picture)
+        text = section((out / "report.md").read_text("utf-8"), further, picture)
         sections.append(f"## Rows of {fewest} to {most} bits\n\n{text}")
     fit_facts = read_json(checkpoint / "scheduler.json")["value_head"]["fit"]
     heading = (
