@@ -9,6 +9,7 @@ from cognexis import CognexisCache, CognexisForCausalLM
 from cognexis.decoder import mixed_loops
 from cognexis.errors import NonFiniteError
 from cognexis.looping.driver import run_loops
+from tests.batteries.state_layers import MIXTURES, overrides
 from tests.batteries.tiny import tiny_config, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -131,3 +132,43 @@ def test_adaptive_loops_decide_as_on_the_cpu_and_never_wait_for_the_host(monkeyp
     torch.testing.assert_close(actual.logits.cpu(), expected.logits, rtol=0, atol=1e-3)
     prompt = model(on_device[:, :32], use_cache=True, **settings)
     model(on_device[:, 32:], past_key_values=prompt.past_key_values, **settings)
+
+
+STATE_MODELS = {
+    "column_in_the_core": overrides("column", "core"),
+    "no_attention": MIXTURES["no_attention_anywhere"],
+    "beside_attention": MIXTURES["beside_attention"],
+}
+
+
+@pytest.mark.parametrize("name", STATE_MODELS)
+def test_layers_with_memory_over_time_compute_as_on_the_cpu(ids, name):
+    model = tiny_model(tiny_config(**STATE_MODELS[name]))
+    mask = torch.ones_like(ids)
+    mask[1, :6] = 0
+    expected = model(ids.cpu(), attention_mask=mask.cpu(), num_loops=3).logits
+    trained = tiny_model(tiny_config(**STATE_MODELS[name])).train()
+    trained(ids.cpu(), labels=ids.cpu(), num_loops=2).loss.backward()
+    model = model.cuda()
+    actual = model(ids, attention_mask=mask, num_loops=3).logits.cpu()
+    real = mask.bool().cpu()
+    torch.testing.assert_close(actual[real], expected[real], rtol=0, atol=2e-4 * expected.abs().max().item())
+    model.train()(ids, labels=ids, num_loops=2).loss.backward()
+    for (parameter_name, reference), parameter in zip(trained.named_parameters(), model.parameters(), strict=True):
+        scale = reference.grad.abs().max().item()
+        error = (parameter.grad.cpu() - reference.grad).abs().max().item()
+        assert error <= 1e-3 * scale + 1e-7, f"{parameter_name}: {error} of {scale}"
+
+
+@pytest.mark.parametrize("name", STATE_MODELS)
+def test_states_over_time_in_static_caches_give_the_tokens_of_dynamic_ones(ids, name):
+    model = tiny_model(tiny_config(**STATE_MODELS[name])).cuda()
+    mask = torch.ones_like(ids)
+    mask[1, :6] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "num_loops": 2, "eos_token_id": None}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+    assert torch.equal(model.generate(ids, use_cache=False, **options), expected)
+    adaptive = {"loop_mode": "adaptive_token", "scheduler": {"type": "rule_based", "min_delta": 0.3}}
+    options = {k: v for k, v in options.items() if k != "num_loops"} | adaptive | {"halt_dependency": "token"}
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
