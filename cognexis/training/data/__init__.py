@@ -33,6 +33,5 @@ With a plain ``DataLoader`` or a prepared one, ``RowSampler(order, position)`` g
 | ``packing``, ``blocks``, ``collating``, ``loop_metadata`` | rows of documents, batches, what a batch says of loops |
 | ``token_shard``, ``shard_writer``, ``manifest``, ``verify``, ``opening`` | the files and their checks |
 | ``sources``, ``inputs``, ``corruption``, ``chat``, ``pipeline``, ``build`` | from records to shards |
-| ``settings`` | ``open_run_data`` and ``run_loader`` for the ``training.data`` section of a run configuration |
 | ``corpus``, ``mixing``, ``leaks``, ``views``, ``commands`` | installed text, mixtures, ``datasets``, commands |
 """

@@ -82,7 +82,6 @@ def open_data(
     packed: bool = True,
     position_reset: str = "reset",
     mask_boundary_targets: bool = True,
-    with_document_ids: bool = True,
     verify: bool = True,
     vocab_size: int | None = None,
     tokenizer_checksum: str | None = None,
@@ -97,7 +96,6 @@ def open_data(
         packed: False gives each document rows of its own, of different lengths.
         position_reset: ``reset`` or ``continue`` at document starts.
         mask_boundary_targets: do not learn the first token of a document from another document.
-        with_document_ids: rows carry ``document_ids``, by which the model keeps documents apart.
         verify: hash all files; False compares sizes and counts only. One rank that hashes is enough.
         vocab_size: size of the model's vocabulary; the shards must fit.
         tokenizer_checksum: of the model's tokenizer; the shards must have been made with it.
@@ -111,7 +109,7 @@ def open_data(
     recorded = manifest.tokenizer or {}
     if pad_token_id is None and (pad_token_id := recorded.get("pad_token_id")) is None:
         raise InvalidConfigError(f"{path}: records no pad_token_id; pass pad_token_id", path="pad_token_id")
-    packing = Packing(sequence_length, pad_token_id, position_reset, mask_boundary_targets, with_document_ids)
+    packing = Packing(sequence_length, pad_token_id, position_reset, mask_boundary_targets)
     for index, shard in enumerate(manifest.shards):
         if shard.format != TOKEN_FORMAT:
             raise InvalidConfigError(

@@ -43,14 +43,12 @@ class Packing:
         pad_token_id: fills the last block.
         position_reset: ``reset`` counts positions from the start of a document, ``continue`` from that of the block.
         mask_boundary_targets: do not learn the first token of a document from the last one of another.
-        with_document_ids: rows carry ``document_ids``; without them nothing keeps documents apart but their positions.
     """
 
     sequence_length: int
     pad_token_id: int
     position_reset: str = "reset"
     mask_boundary_targets: bool = True
-    with_document_ids: bool = True
 
     def __post_init__(self) -> None:
         rules = {
@@ -111,13 +109,13 @@ def make_row(
     if packing.position_reset == "reset":
         positions[:count] -= np.maximum.accumulate(np.where(starts, positions[:count], 0))
         positions[count:] -= count
-    row = {
+    return {
         "input_ids": torch.from_numpy(ids),
         "labels": torch.from_numpy(labels),
         "attention_mask": torch.from_numpy((document_ids >= 0).astype(np.int64)),
         "position_ids": torch.from_numpy(positions),
+        "document_ids": torch.from_numpy(document_ids),
     }
-    return row | {"document_ids": torch.from_numpy(document_ids)} if packing.with_document_ids else row
 
 
 def pack_documents(documents: Iterable[Sequence[int]], packing: Packing, eod_token_id: int) -> list[Row]:

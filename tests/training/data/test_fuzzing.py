@@ -12,6 +12,7 @@ from cognexis.training.data.manifest import DATA_MANIFEST, canonical_checksum, r
 from cognexis.training.data.pipeline import DocumentPipeline
 from cognexis.training.data.sources import JsonlSource
 
+_CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]  # the folder is written anew; shared machines
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 300) | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
@@ -72,14 +73,14 @@ def check_lines(lines: list[bytes], folder, tokenizer) -> None:
 
 
 @given(lines=st.lists(_LINE, max_size=6))
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=_CHECKS)
 def test_any_lines_become_documents_or_counted_faults(lines, tmp_path, tokenizer):
     check_lines(lines, tmp_path, tokenizer)
 
 
 @pytest.mark.slow
 @given(lines=st.lists(_LINE, max_size=6))
-@settings(max_examples=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=2000, suppress_health_check=_CHECKS)
 def test_very_many_lines_become_documents_or_counted_faults(lines, tmp_path, tokenizer):
     check_lines(lines, tmp_path, tokenizer)
 
@@ -99,7 +100,7 @@ _ENTRY = {
 @given(
     key=st.sampled_from([*_ENTRY, "other"]), value=_JSON, top=st.dictionaries(st.text(max_size=8), _JSON, max_size=1)
 )
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=_CHECKS)
 def test_any_manifest_is_read_or_refused_with_a_reason(key, value, top, tmp_path):
     content = {"schema_version": 1, "shards": [_ENTRY | {key: value}], **top}
     (tmp_path / DATA_MANIFEST).write_text(json.dumps(content | {"sha256": canonical_checksum(content)}))
