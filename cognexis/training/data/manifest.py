@@ -110,7 +110,7 @@ class DataManifest:
 def canonical_checksum(content: dict[str, Any]) -> str:
     """``sha256:...`` of JSON with sorted keys and no blanks."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    return f"sha256:{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"
 
 
 def read_data_manifest(path: str | Path) -> DataManifest:

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from cognexis.errors import CognexisError
+from cognexis.errors import ArtifactMismatchError, CognexisError
 from cognexis.training.data.corruption import REASONS, FaultHandler, RecordCounts
 from cognexis.training.data.manifest import DATA_MANIFEST, canonical_checksum, read_data_manifest
 from cognexis.training.data.pipeline import DocumentPipeline
@@ -103,6 +103,7 @@ _ENTRY = {
 @settings(max_examples=200, suppress_health_check=_CHECKS)
 def test_any_manifest_is_read_or_refused_with_a_reason(key, value, top, tmp_path):
     content = {"schema_version": 1, "shards": [_ENTRY | {key: value}], **top}
+    assume("Infinity" not in json.dumps(content))  # no checksum can be made of it
     (tmp_path / DATA_MANIFEST).write_text(json.dumps(content | {"sha256": canonical_checksum(content)}))
     reason = ""
     try:
