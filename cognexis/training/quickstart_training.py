@@ -1,4 +1,4 @@
-"""The training part of the quickstart: its settings, the model, the loop counts, the loop over steps.
+"""The training part of the quickstart: its settings, the model, and a trainer that ends by the clock.
 
 The loop count of a training step is drawn from (seed, step) alone:
 
@@ -15,21 +15,28 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
 from cognexis.configuration_cognexis import CognexisConfig
 from cognexis.errors import InvalidConfigError
 from cognexis.modeling_cognexis import CognexisForCausalLM
+from cognexis.training.callbacks.console import show_progress
+from cognexis.training.curriculum import CurriculumSettings
+from cognexis.training.data.loader import TrainingLoader
+from cognexis.training.data.order import RowOrder
+from cognexis.training.options import TrainerOptions
+from cognexis.training.trainer import CognexisTrainer
+
+_MOST_STEPS = 10**6
 
 
 @dataclass(frozen=True)
@@ -122,22 +129,45 @@ def build_model(tokenizer: PreTrainedTokenizerFast, settings: QuickstartSettings
     return CognexisForCausalLM(config)
 
 
-def draw_loops(seed: int, step: int, *, mean: float, sigma: float, cap: int) -> int:
-    """The loop count of an optimizer step, a function of the arguments and of nothing else."""
-    generator = np.random.Generator(np.random.Philox(key=[seed, step]))
-    rate = math.exp(generator.normal(math.log(mean - 1) - sigma**2 / 2, sigma))
-    return min(cap, 1 + int(generator.poisson(rate)))
+def loop_counts(settings: QuickstartSettings, cap: int) -> CurriculumSettings:
+    """The curriculum of the job: the distribution of the module docstring from the first step on."""
+    return CurriculumSettings(
+        target_max_loops=cap,
+        initial_max_loops=cap,
+        sampling_distribution="lognormal_poisson",
+        mean=settings.mean_loops,
+        sigma=settings.sigma_loops,
+    )
 
 
-def row_batches(rows: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Batches without end; each epoch takes all rows in an order of its own, except a last partial batch."""
+class _Rows(Dataset[Tensor]):
+    """Rows ``[R, T]`` of token ids, one by one."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.rows[index]
+
+
+def _batch(rows: list[Tensor]) -> dict[str, Tensor]:
+    ids = torch.stack(rows)
+    return {"input_ids": ids, "labels": ids}
+
+
+def row_loader(rows: Tensor, batch_size: int, seed: int) -> TrainingLoader:
+    """Batches without end; each epoch takes all rows in an order of its own.
+
+    Raises:
+        InvalidConfigError: there are fewer rows than a batch needs.
+    """
     if len(rows) < batch_size:
         raise InvalidConfigError(f"the corpus yields {len(rows)} rows and a batch needs {batch_size}")
-    for epoch in count():
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(len(rows), generator=generator)
-        for start in range(0, len(rows) - batch_size + 1, batch_size):
-            yield rows[order[start : start + batch_size]]
+    order = RowOrder(len(rows), seed=seed)
+    return TrainingLoader(_Rows(rows), order, _batch, batch_size=batch_size, prefetch_batches=0)
 
 
 def learning_rate_share(progress: float, warmup_share: float) -> float:
@@ -150,41 +180,92 @@ def train(model: CognexisForCausalLM, rows: Tensor, settings: QuickstartSettings
     """Train for ``seconds``, or for ``settings.steps`` steps; one step at least. Progress is shown on stderr."""
     start = time.perf_counter()
     num_threads = _choose_threads(model, rows[: settings.rows_per_step])
+    clock = _Clock(start, seconds, settings)
     optimizer = _optimizer(model, settings)
-    batches = row_batches(rows, settings.rows_per_step, settings.seed)
-    histogram: Counter[int] = Counter()
-    losses: list[float] = []
-    display = _ProgressDisplay(seconds)
-    model.train()
-    for step in count():
-        elapsed = time.perf_counter() - start
-        progress = step / settings.steps if settings.steps else min(1.0, elapsed / seconds)
-        if progress >= 1 and losses:
-            break
-        num_loops = draw_loops(
-            settings.seed,
-            step,
-            mean=settings.mean_loops,
-            sigma=settings.sigma_loops,
-            cap=model.config.trained_max_loops,
-        )
-        share = learning_rate_share(progress, settings.warmup_share)
-        losses.append(_train_step(model, optimizer, next(batches), num_loops, share, settings.gradient_clip_norm))
-        histogram[num_loops] += 1
-        display.update(elapsed, step=step, loss=_recent_mean(losses), num_loops=num_loops)
-    display.close()
+    arguments = TrainingArguments(
+        str(settings.output_dir),
+        max_steps=settings.steps or _MOST_STEPS,
+        per_device_train_batch_size=settings.rows_per_step,
+        max_grad_norm=settings.gradient_clip_norm,
+        seed=settings.seed,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = _ClockedTrainer(
+        model=model,
+        args=arguments,
+        train_loader=row_loader(rows, settings.rows_per_step, settings.seed),
+        optimizers=(optimizer, LambdaLR(optimizer, clock.learning_rate_share)),
+        callbacks=[clock],
+        curriculum=loop_counts(settings, model.config.trained_max_loops),
+        options=TrainerOptions(observe_every=0),
+    )
+    show_progress(trainer, False)
+    trainer.clock = clock
+    trainer.train()
+    if trainer.stop_signal is not None:
+        raise SystemExit(128 + trainer.stop_signal)
     return TrainingResult(
-        steps=len(losses),
-        tokens=len(losses) * settings.rows_per_step * settings.row_length,
+        steps=len(clock.losses),
+        tokens=len(clock.losses) * settings.rows_per_step * settings.row_length,
         seconds=time.perf_counter() - start,
-        loss=_recent_mean(losses),
-        loop_histogram=dict(sorted(histogram.items())),
+        loss=_recent_mean(clock.losses),
+        loop_histogram=dict(sorted(trainer.curriculum.histogram.items())),
         num_threads=num_threads,
     )
 
 
+class _Clock(TrainerCallback):
+    """Ends the training when its time is over, and sets the learning rate by the share of it that is used up."""
+
+    def __init__(self, start: float, seconds: float, settings: QuickstartSettings) -> None:
+        self.start, self.seconds, self.settings = start, seconds, settings
+        self.losses: list[float] = []
+        self.num_loops = 0
+        self.display = _ProgressDisplay(seconds)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self.start
+
+    def learning_rate_share(self, step: int) -> float:
+        """Of the peak, for the next step."""
+        progress = step / self.settings.steps if self.settings.steps else self.elapsed / self.seconds
+        return learning_rate_share(min(1.0, progress), self.settings.warmup_share)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the clock."""
+        elapsed = self.elapsed
+        self.display.update(elapsed, step=state.global_step, loss=_recent_mean(self.losses), num_loops=self.num_loops)
+        if not self.settings.steps and elapsed >= self.seconds:
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the display."""
+        self.display.close()
+
+
+class _ClockedTrainer(CognexisTrainer):
+    """Tells the clock the loss and the loops of every step; a signal ends it without a checkpoint."""
+
+    clock: _Clock
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.clock.losses.append(float(loss))
+        self.clock.num_loops = self.step_sample.sampled_loops
+        return loss
+
+    def _save_checkpoint(self, *_: Any) -> None:
+        """The job saves its result itself."""
+
+
 def _optimizer(model: nn.Module, settings: QuickstartSettings) -> torch.optim.AdamW:
-    """AdamW; ``peak`` of a group is its learning rate at the end of the warm-up."""
+    """AdamW; the learning rates of its groups are those at the end of the warm-up."""
     embeddings: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
     scales: list[nn.Parameter] = []
@@ -193,29 +274,11 @@ def _optimizer(model: nn.Module, settings: QuickstartSettings) -> torch.optim.Ad
         group.append(parameter)
     rate, decay = settings.learning_rate, settings.weight_decay
     groups = [
-        {"params": matrices, "peak": rate, "weight_decay": decay},
-        {"params": embeddings, "peak": settings.embedding_learning_rate, "weight_decay": decay},
-        {"params": scales, "peak": rate, "weight_decay": 0.0},
+        {"params": matrices, "lr": rate, "weight_decay": decay},
+        {"params": embeddings, "lr": settings.embedding_learning_rate, "weight_decay": decay},
+        {"params": scales, "lr": rate, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
-
-
-def _train_step(
-    model: CognexisForCausalLM,
-    optimizer: torch.optim.Optimizer,
-    batch: Tensor,
-    num_loops: int,
-    rate_share: float,
-    clip_norm: float,
-) -> float:
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * rate_share
-    loss = model(input_ids=batch, labels=batch, num_loops=num_loops, use_cache=False).loss
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-    optimizer.step()
-    optimizer.zero_grad()
-    return float(loss.detach())
 
 
 def _choose_threads(model: CognexisForCausalLM, batch: Tensor) -> int:

@@ -70,9 +70,12 @@ class CognexisTrainer(ResumableTrainer):
         options: TrainerOptions | None = None,
         **kwargs: Any,
     ) -> None:
+        given = kwargs.get("model", args[0] if args else None)
+        uses_cache = getattr(getattr(given, "config", None), "use_cache", True)
         super().__init__(*args, **kwargs)
         self.options = options or TrainerOptions()
         config = self.language_model.config
+        config.use_cache = uses_cache  # transformers would save a model that generates without a cache
         settings = curriculum or CurriculumSettings(
             target_max_loops=config.trained_max_loops,
             initial_max_loops=config.trained_max_loops,

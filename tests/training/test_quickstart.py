@@ -14,20 +14,20 @@ from torch import nn
 from cognexis.artifacts.tokenizer_training import train_tokenizer
 from cognexis.cli import main
 from cognexis.errors import CheckpointError, CognexisError, InvalidConfigError
+from cognexis.training.curriculum import LoopCurriculum
 from cognexis.training.quickstart import DepthResult, QuickstartResult, check_same_loss, run_quickstart
 from cognexis.training.quickstart_reload import bytes_per_token, mean_loss, pack_rows, spread_rows
 from cognexis.training.quickstart_training import (
     QuickstartSettings,
     TrainingResult,
     build_model,
-    draw_loops,
     learning_rate_share,
-    row_batches,
+    loop_counts,
+    row_loader,
     train,
 )
 
 TEXT = Path(__file__).read_text(encoding="utf-8")
-DRAW = {"mean": 3.0, "sigma": 0.5, "cap": 8}
 
 
 @pytest.fixture(scope="module")
@@ -81,31 +81,28 @@ def test_bytes_per_token_counts_text_and_not_control_tokens(tokenizer):
     )
 
 
-def test_loop_counts_follow_from_seed_and_step_alone():
-    forward = [draw_loops(7, step, **DRAW) for step in range(50)]
-    backward = [draw_loops(7, step, **DRAW) for step in reversed(range(50))]
-    assert forward == backward[::-1]
-    assert forward != [draw_loops(8, step, **DRAW) for step in range(50)]
-
-
 def test_loop_counts_cover_all_depths_around_their_mean():
-    drawn = torch.tensor([draw_loops(0, step, **DRAW) for step in range(4000)], dtype=torch.double)
+    curriculum = LoopCurriculum(loop_counts(QuickstartSettings(), cap=8), seed=0)
+    drawn = torch.tensor([curriculum.sample(step).sampled_loops for step in range(4000)], dtype=torch.double)
     assert drawn.unique().tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
     assert abs(drawn.mean() - 3) < 0.15  # the cap takes about 0.03, four standard errors are 0.12
 
 
 def test_every_epoch_takes_each_row_once_in_another_order():
-    rows = torch.arange(12)[:, None]
-    batches = [batch.flatten().tolist() for batch in islice(row_batches(rows, 4, seed=3), 6)]
+    def first_batches():
+        batches = islice(row_loader(torch.arange(12)[:, None], 4, seed=3), 6)
+        return [batch["input_ids"].flatten().tolist() for batch in batches]
+
+    batches = first_batches()
     first, second = list(chain(*batches[:3])), list(chain(*batches[3:]))
     assert sorted(first) == sorted(second) == list(range(12))
     assert first != second
-    assert batches == [batch.flatten().tolist() for batch in islice(row_batches(rows, 4, seed=3), 6)]
+    assert batches == first_batches()
 
 
 def test_fewer_rows_than_a_batch_are_refused():
     with pytest.raises(InvalidConfigError, match="yields 3 rows and a batch needs 4"):
-        next(row_batches(torch.zeros(3, 8), 4, seed=0))
+        row_loader(torch.zeros(3, 8), 4, seed=0)
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
