@@ -155,7 +155,7 @@ def program(name: str, canary: str, folder: str, port: int) -> str:
 PROGRAMS = {**HANGS, **RESOURCES, **ESCAPES, **SYSCALLS, **CHEATS}
 
 TESTS = """
-assert isinstance(add(2, 3), int) and add(2, 3) == 5
+assert add(2, 3) == 5
 assert all(abs(add(a, b) - (a + b)) < 1e-9 for a, b in [(1, 1), (-4, 7)])
 import unittest
 class Adds(unittest.TestCase):

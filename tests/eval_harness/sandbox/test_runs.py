@@ -139,6 +139,32 @@ def test_every_end_has_its_outcome(sandbox, source, outcome, detail):
     assert result.sandbox == sandbox.name
 
 
+UNIVERSAL = """
+class Universal:
+    __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = lambda self, other: True
+    __ne__ = lambda self, other: False
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __mod__ = lambda self, other: 0
+    __hash__ = __index__ = __int__ = lambda self: 5
+    __float__ = lambda self: 5.0
+    __abs__ = __neg__ = __round__ = lambda self, *digits: 0
+def add(a, b): return Universal()
+"""
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        *("add(2, 3) == 5", "5 == add(2, 3)", "not add(2, 3) != 5", "add(2, 3) <= 5 <= add(2, 3)", "5 in add(2, 3)"),
+        *("abs(add(2, 3) - 5) < 1e-9", "abs(5 - add(2, 3)) < 1e-9", "round(add(2, 3) - 5) == 0", "5 in [add(2, 3)]"),
+        *("add(2, 3) in {5}", "[add(2, 3)] == [5]", "math.isclose(add(2, 3), 5)", "{add(2, 3): 1}.get(5) == 1"),
+        *("add(2, 3) % 5 == 0", "sum([add(2, 3), -5]) == 0", "max(add(2, 3), 5) == 5", "int(add(2, 3)) == 5"),
+    ],
+)
+def test_no_object_of_the_program_answers_for_a_value(sandbox, question):
+    result = sandbox.run_tests(UNIVERSAL, f"assert {question}", LIMITS)
+    assert not result.passed and "TypeError" in result.detail, result
+
+
 OBJECTS = """
 class Stack:
     def __init__(self): self.items = []
