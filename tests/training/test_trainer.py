@@ -1,7 +1,6 @@
 """The trainer: loop counts, losses, skipped steps, metrics; and that a stock trainer works too."""
 
 import itertools
-import logging
 from dataclasses import replace
 
 import pytest
@@ -319,13 +318,28 @@ def test_model_states_what_it_was_trained_with(tmp_path):
     assert reloaded.data_manifest_checksum == trainer.data_checksum
 
 
-def test_wrapped_model_is_found_behind_its_wrappers(tmp_path):
+def test_adapters_train_save_and_continue(tmp_path):
     peft = pytest.importorskip("peft")
-    logging.disable(logging.NOTSET)
-    wrapped = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
-    trainer = trainer_of(tmp_path, model=wrapped, max_steps=2)
-    before = {name: p.detach().clone() for name, p in wrapped.named_parameters()}
+
+    def trainer_with_adapter(steps):
+        torch.manual_seed(0)
+        wrapped = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+        changes = {"max_steps": steps, "save_strategy": "steps", "save_steps": 2}
+        return trainer_of(tmp_path / "run", model=wrapped, **changes)
+
+    def adapter(trainer):
+        return {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+    trainer = trainer_with_adapter(4)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
-    changed = {name for name, p in wrapped.named_parameters() if not torch.equal(p, before[name])}
-    assert changed and all("lora_" in name for name in changed)
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == set(adapter(trainer))
     assert isinstance(trainer.language_model.model.recurrent, nn.Module)
+    weights = tmp_path / "run" / "checkpoint-4" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    resumed = trainer_with_adapter(4)
+    resumed.train("auto")
+    assert str(resumed._resumed_from).endswith("checkpoint-2")
+    for name, value in adapter(trainer).items():
+        assert torch.equal(adapter(resumed)[name], value), name

@@ -38,6 +38,7 @@ from cognexis.training.checkpointing.same_run import settings_of, surroundings_o
 from cognexis.training.checkpointing.stop_signals import StopSignals
 from cognexis.training.checkpointing.training_state import (
     TrainingState,
+    has_manifest,
     read_training_state,
     resume_faults,
     write_training_state,
@@ -322,7 +323,8 @@ class ResumableTrainer(Trainer):
 
     def _write_manifest(self, staging: Path) -> None:
         write_training_state(staging, self._state_to_write)
-        write_manifest(staging)
+        if has_manifest(staging):
+            write_manifest(staging)
 
     def _metric_of_this_step(self) -> float | None:
         is_current = self._last_metric is not None and self._last_metric[0] == self.state.global_step

@@ -8,7 +8,8 @@
     nested                  files in sub-folders (sharded states) with sizes and checksums
     extra                   what the trainer keeps besides
 
-The manifest of the folder is written after it and names it, so one checksum covers all of this.
+The manifest of the folder is written after it and names it, so one checksum covers all of this. A folder without a
+model configuration, as adapters and sharded models have it, gets no manifest: ``nested`` then lists its other files.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -40,14 +41,20 @@ class TrainingState:
 
 
 def write_training_state(folder: Path, state: TrainingState) -> None:
-    """Write the file; what lies in sub-folders of ``folder`` is hashed into it."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.parent != folder)
+    """Write the file; what the manifest does not cover is hashed into it."""
+    listed = (path for path in folder.rglob("*") if path.is_file() and path.name != STATE_FILE)
+    paths = sorted(path for path in listed if path.parent != folder or not has_manifest(folder))
     checksums = file_checksums(paths)
     state.nested = [
         {"path": str(path.relative_to(folder)), "bytes": path.stat().st_size, "sha256": checksum}
         for path, checksum in zip(paths, checksums, strict=True)
     ]
     write_json(folder / STATE_FILE, {"schema_version": STATE_VERSION, **asdict(state)})
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether the folder is that of a whole model, whose files a manifest lists."""
+    return (folder / "config.json").is_file()
 
 
 def read_training_state(folder: Path) -> TrainingState:
@@ -71,25 +78,27 @@ def read_training_state(folder: Path) -> TrainingState:
 def resume_faults(folder: Path) -> list[str]:
     """Why training cannot go on from ``folder``; empty when every file is there and is what was saved."""
     try:
+        if not has_manifest(folder):
+            return _faults_without_manifest(folder)
         result = verify_folder(folder)
         if not result.is_present:
             return ["has no manifest"]
         named = {artifact.path for artifact in result.artifacts}
-        if not (folder / "adapter_config.json").is_file():
-            kinds = {artifact.kind for artifact in result.artifacts}
-            missing = [] if "model_weights" in kinds or read_training_state(folder).nested else ["model weights"]
-        else:
-            missing = []
-        is_sharded = STATE_FILE in named and bool(read_training_state(folder).nested)
-        needed = [name for name in _NEEDED if not (is_sharded and name == "optimizer.pt")]
         faults = [*result.faults, *(note for note in result.notes if _matters(note.split(":")[0]))]
         faults += [f"{name}: missing" for name in sorted(named) if _matters(name) and not (folder / name).exists()]
-        faults += [f"{name}: not in the manifest" for name in [*needed, *missing] if name not in named]
-        if STATE_FILE in named and not faults:
-            faults += _nested_faults(folder, read_training_state(folder).nested)
+        faults += [f"{name}: not in the manifest" for name in _NEEDED if name not in named]
+        if "model_weights" not in {artifact.kind for artifact in result.artifacts}:
+            faults.append("model weights: not in the manifest")
+        return faults or _nested_faults(folder, read_training_state(folder).nested)
     except CheckpointError as error:
         return [str(error)]
-    return faults
+
+
+def _faults_without_manifest(folder: Path) -> list[str]:
+    entries = read_training_state(folder).nested
+    named = {str(entry.get("path")) for entry in entries}
+    missing = [f"{name}: not listed" for name in ("trainer_state.json", "scheduler.pt") if name not in named]
+    return missing + _nested_faults(folder, entries)
 
 
 def _matters(name: str) -> bool:
