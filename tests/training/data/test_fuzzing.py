@@ -97,6 +97,14 @@ _ENTRY = {
 }
 
 
+def test_manifest_with_a_lone_surrogate_is_refused_by_its_checksum(tmp_path):
+    (tmp_path / DATA_MANIFEST).write_text(
+        json.dumps({"schema_version": 1, "shards": [_ENTRY | {"domain": "\ud800"}], "sha256": "sha256:" + "0" * 64})
+    )
+    with pytest.raises(ArtifactMismatchError, match="it was changed or damaged"):
+        read_data_manifest(tmp_path)
+
+
 @given(
     key=st.sampled_from([*_ENTRY, "other"]), value=_JSON, top=st.dictionaries(st.text(max_size=8), _JSON, max_size=1)
 )
