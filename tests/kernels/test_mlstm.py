@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+import cognexis.kernels.mlstm.vectorised as vectorised
 from cognexis.kernels.mlstm import (
     mlstm_chunkwise_simple,
     mlstm_recurrent_step_stabilized_simple,
@@ -75,6 +76,24 @@ def test_second_set_of_names_gives_the_same():
         stepped.append(y)
     torch.testing.assert_close(torch.cat(stepped, 2), h)
     torch.testing.assert_close(m[..., 0, 0], last[2])
+
+
+@pytest.mark.parametrize("length", [64, 65, 100, 127, 129, 200])
+def test_chunks_share_the_tokens_evenly(length, monkeypatch):
+    sizes = []
+
+    def spy(x, size, *filler):
+        sizes.append(size)
+        return split(x, size, *filler)
+
+    split = vectorised._chunks
+    monkeypatch.setattr(vectorised, "_chunks", spy)
+    q = torch.randn(1, 1, length, 4)
+    gate = torch.zeros(1, 1, length)
+    state = (torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4), torch.zeros(1, 1))
+    h, _ = vectorised.mlstm_vectorised(q, q, q, gate, gate, state, None, 64, 1e-6)
+    count = -(-length // 64)
+    assert h.shape == q.shape and set(sizes) == {-(-length // count)}
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """The mLSTM recurrence in chunks: attention inside a chunk, a loop over chunks for the state only.
 
-The last chunk is filled up with tokens that write nothing (i = -inf) and forget nothing (lf = 0), which leave the
-state as it is. The equations stand in ``cognexis.kernels.mlstm``.
+Chunks have equal sizes: 65 tokens in chunks of at most 64 are 33 and 32, so that the time grows evenly with T. The
+last chunk is filled up with tokens that write nothing (i = -inf) and forget nothing (lf = 0), which leave the state as
+it is. The equations stand in ``cognexis.kernels.mlstm``.
 """
 
 import math
@@ -31,7 +32,7 @@ def mlstm_vectorised(
     if length == 1:
         return mlstm_reference(q, k, v, i, f, state, resets, chunk_size, eps)
     wide = wide_dtype(q, k, v, i, f, *state)
-    size = min(chunk_size, length)
+    size = math.ceil(length / math.ceil(length / chunk_size))
     q, k, v_wide = (_chunks(part.to(wide), size) for part in (q, k * width**-0.5, v))  # [B, N, G, C, D]
     gate = _chunks(i.to(wide)[..., None], size, -math.inf)[..., 0]  # [B, N, G, C]
     forget = _chunks(F.logsigmoid(f.to(wide))[..., None], size)[..., 0]
