@@ -120,6 +120,7 @@ class LoopedGenerationMixin(_GenerationMixin):
             kwargs["loop_session"] = session
             if options.is_adaptive:
                 kwargs["scheduler"] = options.scheduler  # one instance for all passes
+                kwargs["halt_dependency"] = options.halt_dependency
         if limits.max_loops_per_token is not None:
             kwargs["max_loops"] = options.requested_loops if options.is_adaptive else options.max_loops
         speculation = self._speculation(options, limits, generation_config, kwargs)

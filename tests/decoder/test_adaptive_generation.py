@@ -284,7 +284,22 @@ def test_the_scheduler_of_the_checkpoint_decides_when_the_call_names_none(model:
     assert torch.equal(output.loop_counts, expected.loop_counts)
     assert output.loop_diagnostics["scheduler"]["min_delta"] == 0.25
     named = generate(model, ids, mask, loop_mode="adaptive_token", scheduler="rule_based")
-    assert named.loop_diagnostics["scheduler"]["min_delta"] == 0.03
+    assert named.loop_diagnostics["scheduler"]["min_delta"] == 0.25
+    described = generate(model, ids, mask, loop_mode="adaptive_token", scheduler={"type": "rule_based"})
+    assert described.loop_diagnostics["scheduler"]["min_delta"] == 0.03
+
+
+def test_the_dependency_of_the_checkpoint_holds_in_every_pass(model: Any) -> None:
+    ids, mask = prompts(model)
+    expected = generate(model, ids, mask, loop_mode="adaptive_token", scheduler=RULE, halt_dependency="row")
+    calibrated = {"calibrated": {"halt_dependency": "row"}}
+    model.scheduler_record = model.scheduler_record | {"scheduler": RULE, "value_head": calibrated}
+    output = generate(model, ids, mask, loop_mode="adaptive_token")
+    assert output.loop_diagnostics["halt_dependency"] == "row"
+    assert output.loop_diagnostics["phases"] == expected.loop_diagnostics["phases"]
+    assert output.loop_diagnostics["cache_bytes"] == expected.loop_diagnostics["cache_bytes"]
+    prefix = generate(model, ids, mask, loop_mode="adaptive_token", halt_dependency="prefix")
+    assert prefix.loop_diagnostics["cache_bytes"] < output.loop_diagnostics["cache_bytes"]
 
 
 @pytest.mark.parametrize("mode", MODES)
