@@ -1,15 +1,19 @@
-"""How fast the memory cells are on one CPU thread, beside figures of the public cortexcore package.
+"""How fast the memory cells are on one CPU thread, beside the public cortexcore package.
 
-    python benchmarks/cortex_cpu.py [--repeats 5] [--only lstm,mlstm]
+    python benchmarks/cortex_cpu.py [--repeats 5] [--only lstm,mlstm] [--keep] [--recorded]
 
 Per cell at B=4, T=256, H=256 in float32: a forward pass without gradients, forward and backward with a gradient of
-ones for the output, and one step of a single token. The calls of all cells are timed in turns and the best of the
-repeats counts. Before anything is timed, every cell is compared in float64 with its reference form on a small input.
+ones for the output, and one step of a single token. The times are CPU seconds of the process, so that work beside it
+on the machine disturbs them little. The calls of both packages are timed in turns and the best of the repeats
+counts; the first calls are shown as well, since they would contain a compilation. The mLSTM is also timed at lengths
+that its chunk does not divide. Before anything is timed, every cell is compared in float64 with its reference form on
+a small input.
 
-cortexcore is timed in the same run where it can be imported; elsewhere the table shows figures that were recorded with
-cortexcore 0.1.x on another machine, so that only their order of magnitude can be compared.
+cortexcore is timed in the same run where it can be imported; elsewhere, and with ``--recorded`` (compiling its
+AGaLiTe takes minutes), the rows show figures that were recorded with cortexcore 0.1.x on another machine, so that
+only their order of magnitude can be compared.
 
-Writes ``benchmarks/results/cortex_cpu.md``.
+Writes ``benchmarks/results/cortex_cpu.md``; with ``--keep``, rows that were not asked for stay as they are there.
 """
 
 import argparse
@@ -61,6 +65,18 @@ CASES = {
     "conv_resets": Case("convolution, resets", "CausalConv1dConfig", {}, (24, 153, None), has_resets=True),
 }
 MODES = ("forward", "forward+backward", "step")
+STEPS = 10  # tokens per timed call of a step
+HEADING = [
+    "cell",
+    *MODES,
+    "first",
+    *(f"cc {mode}" for mode in MODES),
+    "cc first",
+    *(f"ratio {mode}" for mode in MODES),
+    "difference",
+    "cc figures",
+]
+LENGTHS = (64, 65, 100, 127, 200, 255, 256, 257, 300)
 
 
 def make_resets(length: int) -> Tensor:
@@ -88,7 +104,7 @@ def calls_of(cell: torch.nn.Module, has_resets: bool) -> dict[str, Callable[[], 
 
     def step() -> None:
         with torch.no_grad():
-            for _ in range(10):
+            for _ in range(STEPS):
                 cell(token, state)
 
     return dict(zip(MODES, (forward, both, step), strict=True))
@@ -130,78 +146,130 @@ def build_peer(case: Case) -> torch.nn.Module | None:
     return build(getattr(theirs, case.config)(**case.options, hidden_size=H))
 
 
-def best_times(calls: dict[tuple[str, ...], Callable[[], object]], repeats: int) -> dict[tuple[str, ...], float]:
+def time_in_turns(
+    calls: dict[tuple[str, ...], Callable[[], object]], repeats: int
+) -> tuple[dict[tuple[str, ...], float], dict[tuple[str, ...], float]]:
+    """Milliseconds of the first call of each, and of the best of the repeats that follow."""
+    first: dict[tuple[str, ...], float] = {}
     best = dict.fromkeys(calls, float("inf"))
-    for round_number in range(repeats + 1):  # the first round warms up
+    for _ in range(repeats + 1):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = time.process_time()
             call()
-            seconds = time.perf_counter() - start
-            if round_number:
-                best[name] = min(best[name], seconds)
-    return best
+            milliseconds = 1000 * (time.process_time() - start)
+            if name in first:
+                best[name] = min(best[name], milliseconds)
+            else:
+                first[name] = milliseconds
+    return first, best
 
 
-def measure(keys: list[str], repeats: int) -> tuple[dict[tuple[str, ...], float], bool]:
-    """Milliseconds by (key, owner, mode), and whether cortexcore was there."""
-    calls: dict[tuple[str, ...], Callable[[], object]] = {}
-    for key in keys:
-        case = CASES[key]
-        torch.manual_seed(0)
-        cells = {
-            "ours": build_cell(getattr(ours, case.config)(**case.options, hidden_size=H)),
-            "peer": build_peer(case),
-        }
-        for owner, cell in cells.items():
-            if cell is not None:
-                calls |= {(key, owner, mode): call for mode, call in calls_of(cell, case.has_resets).items()}
-    seconds = best_times(calls, repeats)
-    times = {name: 1000 * value / (10 if name[2] == "step" else 1) for name, value in seconds.items()}
-    return times, any(owner == "peer" for _, owner, _ in times)
+def cell_row(key: str, repeats: int, with_peer: bool) -> list[str]:
+    """The table's row of one cell; recorded figures of cortexcore unless ``with_peer`` and it is installed."""
+    case = CASES[key]
+    difference = check_parity(case)
+    torch.manual_seed(0)
+    cells = {
+        "ours": build_cell(getattr(ours, case.config)(**case.options, hidden_size=H)),
+        "peer": build_peer(case) if with_peer else None,
+    }
+    calls = {
+        (owner, mode): call
+        for owner, cell in cells.items()
+        if cell is not None
+        for mode, call in calls_of(cell, case.has_resets).items()
+    }
+    first, best = time_in_turns(calls, repeats)
+    first_sum = {owner: sum(first[owner, mode] for mode in MODES) for owner, _ in first}
+    for name in best:
+        best[name] /= STEPS if name[1] == "step" else 1
+    mine = [best["ours", mode] for mode in MODES]
+    has_peer = cells["peer"] is not None
+    other = [best["peer", mode] for mode in MODES] if has_peer else list(case.recorded)
+    return [
+        case.title,
+        *map(shown, mine),
+        shown(first_sum["ours"]),
+        *map(shown, other),
+        shown(first_sum.get("peer")),
+        *("" if b is None else f"{b / a:.1f}" for a, b in zip(mine, other, strict=True)),
+        f"{difference:.0e}",
+        "measured" if has_peer else "recorded",
+    ]
 
 
-def table(keys: list[str], times: dict[tuple[str, ...], float], has_peer: bool) -> list[str]:
-    heading = ["cell", *(f"{mode}, ms" for mode in MODES), *(f"cortexcore {mode}, ms" for mode in MODES)]
-    lines = [[*heading, *(f"ratio {mode}" for mode in MODES)]]
-    lines.append(["---"] * len(lines[0]))
-    for key in keys:
-        case = CASES[key]
-        mine = [times[key, "ours", mode] for mode in MODES]
-        other = [times[key, "peer", mode] for mode in MODES] if has_peer else list(case.recorded)
-        ratios = ["" if b is None else f"{b / a:.1f}" for a, b in zip(mine, other, strict=True)]
-        shown = ["" if value is None else f"{value:.3g}" for value in other]
-        lines.append([case.title, *(f"{value:.3g}" for value in mine), *shown, *ratios])
-    return [f"| {' | '.join(line)} |" for line in lines]
+def shown(milliseconds: float | None) -> str:
+    return "" if milliseconds is None else f"{milliseconds:.3g}"
+
+
+def length_rows(repeats: int) -> list[list[str]]:
+    """The mLSTM, forward and backward, at several lengths: microseconds per token and how far from the best."""
+    torch.manual_seed(0)
+    cell = build_cell(ours.mLSTMCellConfig(hidden_size=H))
+
+    def call_at(length: int) -> Callable[[], object]:
+        x = torch.randn(B, length, H, requires_grad=True)
+
+        def both() -> None:
+            cell.zero_grad(set_to_none=True)
+            x.grad = None
+            cell(x, None)[0].sum().backward()
+
+        return both
+
+    _, best = time_in_turns({(str(length),): call_at(length) for length in LENGTHS}, repeats)
+    per_token = [1000 * best[str(length),] / (B * length) for length in LENGTHS]
+    return [
+        [str(length), f"{value:.1f}", f"{value / min(per_token):.2f}"]
+        for length, value in zip(LENGTHS, per_token, strict=True)
+    ]
+
+
+def as_table(heading: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *rows)]
+
+
+def rows_before() -> dict[str, list[str]]:
+    """The rows of the first table of the file, by cell."""
+    if not RESULT.is_file():
+        return {}
+    table = RESULT.read_text("utf-8").split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    return {row[0]: row for row in rows if len(row) == len(HEADING)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", help=f"comma-separated: {', '.join(CASES)}")
+    parser.add_argument("--keep", action="store_true", help="keep the other rows of the file")
+    parser.add_argument("--recorded", action="store_true", help="use recorded figures of cortexcore")
     options = parser.parse_args()
-    keys = options.only.split(",") if options.only else list(CASES)
     torch.set_num_threads(1)
-    worst = max(check_parity(CASES[key]) for key in keys)
-    times, has_peer = measure(keys, options.repeats)
-    source = (
-        "The figures of cortexcore were measured in the same run."
-        if has_peer
-        else "cortexcore is not installed here. Its figures are recorded ones, of version 0.1.x on one thread of "
-        "another machine at the same sizes, so the ratios show the order of magnitude only."
-    )
+    known = rows_before() if options.keep else {}
+    for key in options.only.split(",") if options.only else CASES:
+        known[CASES[key].title] = cell_row(key, options.repeats, not options.recorded)
+        print(known[CASES[key].title], flush=True)
+    rows = [known[case.title] for case in CASES.values() if case.title in known]
     text = "\n".join(
         [
             "# Speed of the memory cells on a CPU",
             "",
             f"B={B}, T={T}, H={H}, float32, one thread, {platform.machine()}, torch {torch.__version__}; best of "
-            f"{options.repeats}. A step is one token for all {B} rows. Resets are at 5 % of the positions.",
+            f'{options.repeats}, in milliseconds of CPU time; "first" is the sum of the first call of each kind. '
+            f"A step is one token for all {B} rows. Resets are at 5 % of the positions.",
             "",
-            *table(keys, times, has_peer),
+            *as_table(HEADING, rows),
             "",
-            f"A ratio above 1 means that the cell here is faster. {source}",
+            "A ratio above 1 means that the cell here is faster. The figures of cortexcore (cc) were measured in the "
+            "same run, in turns with ours, or recorded with version 0.1.x on one thread of another machine. The "
+            "difference is the largest one, relative, of output and gradients to the reference form in float64.",
             "",
-            "Before the timing every cell agreed with its reference form: the largest relative difference of output "
-            f"and gradients was {worst:.0e} in float64.",
+            "## The mLSTM at any length",
+            "",
+            "Chunks of 64, forward and backward.",
+            "",
+            *as_table(["T", "microseconds per token", "relative to the best"], length_rows(options.repeats)),
             "",
         ]
     )
