@@ -26,7 +26,7 @@ class ByTable(LoopScheduler):
         if observation.loops == 1:
             self.start, self._end = self._end, self._end + observation.shape[1]
         halt = observation.loops >= self.depths[:, self.start : self._end]
-        return LoopDecision(halt, torch.full(halt.shape, reason_code("value_gain"), dtype=torch.int8))
+        return LoopDecision(halt, torch.full_like(halt, reason_code("value_gain"), dtype=torch.int8))
 
     def to_dict(self) -> dict[str, Any]:
         return {"type": self.name}

@@ -143,21 +143,18 @@ STATE_MODELS = {
 
 @pytest.mark.parametrize("name", STATE_MODELS)
 def test_layers_with_memory_over_time_compute_as_on_the_cpu(ids, name):
-    model = tiny_model(tiny_config(**STATE_MODELS[name]))
-    mask = torch.ones_like(ids)
+    config, mask = tiny_config(**STATE_MODELS[name]), torch.ones_like(ids)
     mask[1, :6] = 0
-    expected = model(ids.cpu(), attention_mask=mask.cpu(), num_loops=3).logits
-    trained = tiny_model(tiny_config(**STATE_MODELS[name])).train()
-    trained(ids.cpu(), labels=ids.cpu(), num_loops=2).loss.backward()
-    model = model.cuda()
+    reference, model = tiny_model(config).double(), tiny_model(config).double().cuda()
+    expected = reference(ids.cpu(), attention_mask=mask.cpu(), num_loops=3).logits
     actual = model(ids, attention_mask=mask, num_loops=3).logits.cpu()
     real = mask.bool().cpu()
-    torch.testing.assert_close(actual[real], expected[real], rtol=0, atol=2e-4 * expected.abs().max().item())
+    torch.testing.assert_close(actual[real], expected[real], rtol=0, atol=1e-11)
+    reference.train()(ids.cpu(), labels=ids.cpu(), num_loops=2).loss.backward()
     model.train()(ids, labels=ids, num_loops=2).loss.backward()
-    for (parameter_name, reference), parameter in zip(trained.named_parameters(), model.parameters(), strict=True):
-        scale = reference.grad.abs().max().item()
-        error = (parameter.grad.cpu() - reference.grad).abs().max().item()
-        assert error <= 1e-3 * scale + 1e-7, f"{parameter_name}: {error} of {scale}"
+    for (parameter_name, of_cpu), of_gpu in zip(reference.named_parameters(), model.parameters(), strict=True):
+        error = (of_gpu.grad.cpu() - of_cpu.grad).abs().max().item()
+        assert error <= 1e-9 * of_cpu.grad.abs().max().item() + 1e-14, f"{parameter_name}: {error}"
 
 
 @pytest.mark.parametrize("name", STATE_MODELS)

@@ -45,7 +45,7 @@ class CountingCore:
             self.clock.now += self.seconds[loop_index]
 
     def measure(self, signals: frozenset[str], loop: int) -> dict[str, Tensor]:
-        return {name: torch.full(self.computed.shape, 1.0 / loop) for name in signals}
+        return {name: torch.full_like(self.computed, 1.0 / loop, dtype=torch.float32) for name in signals}
 
     def is_finite(self) -> Tensor:
         if self.is_broken is None:
