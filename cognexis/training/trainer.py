@@ -44,7 +44,26 @@ from cognexis.training.options import TrainerOptions
 
 
 class _SkippedBatch(Exception):
-    """A micro-batch gave NaN or infinity on some process; no process computes its gradient."""
+    """A micro-batch gave NaN or infinity; its gradient is not computed."""
+
+
+@contextmanager
+def _exceptions_held_back(language_model: Any, wanted: bool) -> Iterator[None]:
+    """Let a forward pass end although its state or loss is not finite.
+
+    With several processes all of them must reach the same collectives. NaN then travels through the synchronised
+    gradient, whose norm tells every process alike that the step is to be skipped. The two outer modules raise in
+    training only, and nothing else in them looks at that flag.
+    """
+    outer = [language_model, language_model.model] if wanted else []
+    before = [module.training for module in outer]
+    for module in outer:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, was_training in zip(outer, before, strict=True):
+            module.training = was_training
 
 
 class CognexisTrainer(ResumableTrainer):
@@ -179,14 +198,13 @@ class CognexisTrainer(ResumableTrainer):
                 inputs.setdefault("num_loops", self.options.eval_loops)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs["num_loops"] = self.step_sample.sampled_loops
+        loss, outputs = None, None
         try:
-            with self._observation(inputs):
+            with self._observation(inputs), _exceptions_held_back(self.language_model, self.args.world_size > 1):
                 loss, outputs = self._training_loss(model, inputs, num_items_in_batch)
-            is_finite = bool(torch.isfinite(loss))
         except NonFiniteError as error:
-            loss, outputs, is_finite = None, None, False
             self.metrics.alert("nonfinite", str(error))
-        if self.any_process(not is_finite):
+        if self.args.world_size == 1 and (loss is None or not bool(torch.isfinite(loss))):
             raise _SkippedBatch
         return (loss, outputs) if return_outputs else loss
 

@@ -7,6 +7,7 @@ loader with a position of its own, a log line that sums up over several steps.
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -100,6 +101,10 @@ def train_to_the_end(folder: Path, report: Path, **changes: Any) -> None:
     torch.manual_seed(0)
     trainer = small_trainer(folder, **changes)
     trainer.train("auto")
+    if trainer.optimizer is None:  # ended between its last save and its report: the last steps are taken again
+        shutil.rmtree(trainer.newest_checkpoint())
+        trainer = small_trainer(folder, **changes)
+        trainer.train("auto")
     if trainer.stop_signal is None:
         report.write_text(json.dumps(fingerprint(trainer)))
 

@@ -196,6 +196,7 @@ def test_faulty_configuration_is_one_line_and_code_two(config, tmp_path, monkeyp
     assert "training.checkpoint.keep_last=-1: must be at least 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_what_was_measured(config, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

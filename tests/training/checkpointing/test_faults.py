@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from cognexis.checkpoints.json_file import sync
-from cognexis.checkpoints.model_files import CheckpointFiles
 from cognexis.errors import CheckpointError
+from cognexis.modeling_cognexis import CognexisPreTrainedModel
 from cognexis.training.checkpointing.retention import Retention, checkpoints_of, newest_verified
 from cognexis.training.checkpointing.training_state import resume_faults
 from tests.batteries.crash_points import crash_before_event
@@ -36,15 +36,13 @@ CALLS = ("openat", "write", "fsync", "rename", "unlink")
 def trained(tmp_path_factory):
     """A trainer after two steps, with a checkpoint of the first in its folder; everything is imported by then."""
     torch.set_deterministic_debug_mode("default")
-    CheckpointFiles._folder_writers, writers = [], CheckpointFiles._folder_writers  # code and card: more of the same
     folder = tmp_path_factory.mktemp("trained")
     trainer = small_trainer(folder, max_steps=2, save_strategy="no", retention=Retention(keep_last=1))
     trainer.train()
     trainer.state.global_step = 1
     trainer._save_checkpoint(trainer.model, None)
     trainer.state.global_step = 2
-    yield trainer
-    CheckpointFiles._folder_writers = writers
+    return trainer
 
 
 @pytest.fixture
@@ -170,7 +168,15 @@ def test_failing_system_calls_of_a_save_leave_the_old_checkpoint_intact(trained,
 
 
 @pytest.fixture(scope="module")
-def expected(trained, tmp_path_factory):
+def lean():
+    """Checkpoints without code and card, which are as many files again and nothing new."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CognexisPreTrainedModel, "_folder_writers", [])
+        yield
+
+
+@pytest.fixture(scope="module")
+def expected(trained, lean, tmp_path_factory):
     """Fingerprint and duration of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("expected")
     start = time.monotonic()
@@ -202,7 +208,7 @@ def test_runs_killed_at_random_end_like_uninterrupted_ones(expected, tmp_path):
     print(f"{kills} kills in {runs} runs, each ends like the uninterrupted one")
 
 
-def test_run_that_is_interrupted_twenty_five_times_ends_like_an_uninterrupted_one(trained, tmp_path):
+def test_run_that_is_interrupted_twenty_five_times_ends_like_an_uninterrupted_one(trained, lean, tmp_path):
     changes = {"max_steps": 27, "save_steps": 100, "logging_steps": 3}
     assert wait_for(in_child(lambda: train_to_the_end(tmp_path / "a", tmp_path / "a.json", **changes))) == 0
     for step in range(1, 26):
