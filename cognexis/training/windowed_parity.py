@@ -39,8 +39,10 @@ from cognexis.configuration_cognexis import CognexisConfig
 from cognexis.errors import InvalidConfigError
 from cognexis.modeling_cognexis import CognexisForCausalLM
 from cognexis.tasks.windowed_parity import BOS, IGNORED_LABEL, PAD, VOCAB_SIZE, WindowedParity, draw_rows
+from cognexis.training.curriculum import CurriculumSettings
+from cognexis.training.curriculum.sampling import draw_loops
 from cognexis.training.loop_states import loops_watched
-from cognexis.training.quickstart_training import draw_loops, learning_rate_share
+from cognexis.training.quickstart_training import learning_rate_share
 
 WINDOW = 8
 TRAINED_MAX_LOOPS, MAX_LOOPS = 32, 128
@@ -299,8 +301,14 @@ def run(settings: ParitySettings) -> dict[str, Any]:
 
 
 def _loops_of_step(settings: ParitySettings, step: int) -> int:
-    mean, sigma = settings.mean_loops, settings.sigma_loops
-    return draw_loops(settings.seed, step, mean=mean, sigma=sigma, cap=TRAINED_MAX_LOOPS)
+    curriculum = CurriculumSettings(
+        target_max_loops=TRAINED_MAX_LOOPS,
+        initial_max_loops=TRAINED_MAX_LOOPS,
+        sampling_distribution="lognormal_poisson",
+        mean=settings.mean_loops,
+        sigma=settings.sigma_loops,
+    )
+    return draw_loops(curriculum, settings.seed, step, TRAINED_MAX_LOOPS)
 
 
 def _shown(accuracy: dict[int, dict[int, float]]) -> str:
