@@ -9,6 +9,7 @@ import difflib
 import math
 import os
 import re
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from cognexis.checkpoints.json_file import parse_strict_json
@@ -250,7 +251,11 @@ def mask_kind(layer_type: str) -> str:
 
 
 def _cortex_faults(v: dict[str, Any]) -> list[ConfigFault]:
-    """Every broken rule of Cortex layers; the library is imported only where there are some."""
+    """Every broken rule of Cortex layers; the library is imported only where there are some.
+
+    Raises:
+        ImportError: a package that they need is not installed.
+    """
     stages = [stage for stage in STAGES if "cortex" in (v[f"{stage}_layer_types"] or ())]
     settings = v["cortex"]
     faults = []
@@ -264,10 +269,10 @@ def _cortex_faults(v: dict[str, Any]) -> list[ConfigFault]:
     try:
         from cognexis.cortex_layers.layer_settings import layer_faults, stage_settings
     except ImportError as error:
-        return [
-            *faults,
-            ConfigFault("cortex", settings, f"cortex layers need the packages of cognexis[cortex]: {error}"),
-        ]
+        if missing := [name for name in ("pydantic", "tensordict") if find_spec(name) is None]:
+            names = " ".join(missing)
+            raise ImportError(f"Cortex layers need packages that were not found: run `pip install {names}`") from error
+        return [*faults, ConfigFault("cortex", settings, str(error))]
     unused = [stage for stage in STAGES if stage in settings and stage not in stages]
     faults += [ConfigFault(f"cortex.{stage}", settings[stage], "the stage has no cortex layer") for stage in unused]
     for stage in stages:
