@@ -24,6 +24,7 @@ MODELS = {
     "no_attention": MIXTURES["no_attention_anywhere"],
     "core_of_two": MIXTURES["core_of_attention_and_memory"],
 }
+OTHERS = ("no_attention", "core_of_two")
 RULE = {"type": "rule_based", "min_delta": 0.3}
 NEW = 8
 
@@ -32,7 +33,9 @@ def looped(name: str = "column_in_the_core", seed: int = 0, **settings: Any) -> 
     return tiny_model(tiny_config(trained_max_loops=4, **MODELS[name] | settings), seed=seed).double()
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module", params=["column_in_the_core", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)]
+)
 def model(request) -> Any:
     """A model that no test changes."""
     return looped(request.param)

@@ -30,10 +30,23 @@ from tests.batteries.tiny import tiny_config, tiny_model
 
 DEPTHS = 4
 IN_THE_CORE = {cell: overrides(cell, "core") for cell in CELLS}
-QUICK = {**IN_THE_CORE, **MIXTURES}
+QUICK = {
+    "axon",
+    "lstm",
+    "conv",
+    "mlstm",
+    "slstm",
+    "xl",
+    "agalite",
+    "no_attention_anywhere",
+    "core_of_attention_and_memory",
+}
 ELSEWHERE = {f"{cell}_in_{stage}": overrides(cell, stage) for cell in CELLS for stage in STAGES if stage != "core"}
-_LONG = [pytest.param(settings, id=name, marks=pytest.mark.slow) for name, settings in ELSEWHERE.items()]
-CASES = [*(pytest.param(settings, id=name) for name, settings in QUICK.items()), *_LONG]
+EVERY = {**IN_THE_CORE, **MIXTURES, **ELSEWHERE}
+CASES = [
+    pytest.param(settings, id=name, marks=() if name in QUICK else pytest.mark.slow)
+    for name, settings in EVERY.items()
+]
 
 
 def model_of(settings: dict[str, Any]) -> Any:

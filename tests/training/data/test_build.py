@@ -356,6 +356,7 @@ def interrupted_build(path, tokenizer, out, records: int, how: str) -> None:
     os.waitpid(child, 0)
 
 
+@pytest.mark.slow
 def test_killed_builds_go_on_and_give_the_same_bytes(tmp_path, write_jsonl, tokenizer, build):
     records = many(60)
     for place in (7, 30, 44):
