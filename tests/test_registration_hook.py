@@ -103,6 +103,7 @@ def check(orders: dict[str, str], folder: Path) -> None:
     assert not any(errors.values()), "\n".join(f"{order}: {error}" for order, error in errors.items() if error)
 
 
+@pytest.mark.slow
 def test_saved_models_load_and_classes_save_their_code(folder):
     check(ORDERS, folder)
 

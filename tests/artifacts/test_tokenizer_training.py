@@ -119,6 +119,7 @@ def test_training_twice_gives_the_same_file():
     assert first == second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokenizer_type", ["sentencepiece", "bpe"])
 def test_two_processes_train_the_same_tokenizer(tokenizer_type, tmp_path):
     script = (

@@ -443,6 +443,7 @@ def test_every_crash_of_saving_a_model_leaves_a_loadable_checkpoint(tmp_path, ov
     assert len(outcomes) > 40 and outcomes.count("new") >= (10 if overwrites else 1)
 
 
+@pytest.mark.slow
 def test_an_interrupted_save_is_completed_by_the_next_reader(saved, tmp_path):
     folder = Path(shutil.copytree(saved, tmp_path / "checkpoint"))
     new = tiny_model(seed=3)

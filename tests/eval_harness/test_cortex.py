@@ -163,6 +163,7 @@ def test_registered_stacks_are_those_that_users_know():
     assert ALIASES == {"slstm_postup": "slstm", "mlstm_preup": "mlstm"}
 
 
+@pytest.mark.slow
 def test_module_runs_as_a_command(tmp_path):
     command = [sys.executable, "-m", "cognexis.eval_harness.cortex", "--task", "dyck", "--stack", "nothing"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)

@@ -481,6 +481,7 @@ def loaded_again(loaded, work, hub) -> dict[str, Any]:
     return run_without_package(LOAD_AGAIN, work, json.dumps(AUTO_CLASSES), hf_home=work / "reader", **environment)
 
 
+@pytest.mark.slow
 def test_second_saves_and_uploads_load_bit_equal_in_a_new_process(loaded_again):
     assert len(loaded_again) == len(PLACES) * len(AUTO_CLASSES) + 3
     assert {name: keys for name, keys in loaded_again.items() if keys} == {}

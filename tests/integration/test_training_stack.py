@@ -410,6 +410,7 @@ print(json.dumps(seen))
 """
 
 
+@pytest.mark.slow
 def test_folders_of_trainer_and_peft_load_without_the_package(tmp_path):
     trainer = trained(tmp_path / "run", save_strategy="steps", save_steps=2, max_steps=4)
     trainer.save_model(tmp_path / "saved")

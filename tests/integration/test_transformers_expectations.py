@@ -28,6 +28,7 @@ from cognexis import (
     CognexisModel,
 )
 from cognexis.errors import InvalidConfigError
+from tests.batteries.state_layers import overrides
 from tests.batteries.tiny import tiny_config, tiny_model
 
 CLASSES = [
@@ -948,7 +949,8 @@ def test_device_map_spreads_the_model_over_memory_and_disk(tmp_path, variant, sh
 
 
 def test_unsplittable_modules_exist():
-    names = {type(module).__name__ for module in tiny_model().modules()}
+    models = (tiny_model(), tiny_model(tiny_config(**overrides("lstm", "coda"))))
+    names = {type(module).__name__ for model in models for module in model.modules()}
     assert set(CognexisForCausalLM._no_split_modules) <= names
 
 

@@ -325,6 +325,7 @@ print(len(rows), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, re
 """
 
 
+@pytest.mark.slow
 def test_files_of_a_gigabyte_are_read_in_little_memory(tmp_path):
     tokens = 2**28
     with open(tmp_path / "big.bin", "wb") as file:

@@ -124,6 +124,7 @@ def test_calibration_and_report_follow_from_the_fit(fitted, folder, tmp_path, mo
     assert other["facts"]["num_rows"] == 16 and other["facts"]["rows"].startswith("all rows of another file")
 
 
+@pytest.mark.slow
 def test_report_draws_a_picture(fitted, tmp_path):
     pytest.importorskip("matplotlib")
     calibrate(fitted, CalibrationOptions(method="none"))
