@@ -23,6 +23,7 @@ from cognexis.cortex_layers.config import (
     StrictConfig,
     config_by_tag,
 )
+from cognexis.cortex_layers.matmul_cost import stack_matmul_flops
 from cognexis.cortex_layers.stacks.auto import build_cortex_auto_config
 from cognexis.cortex_layers.stacks.base import CortexStack
 from cognexis.cortex_layers.stacks.build import build_cortex
@@ -122,15 +123,32 @@ def build_layer(settings: Mapping[str, Any], stage: str, width: int) -> CortexSt
     return build_cortex(layer_stack_config(settings, stage, width))
 
 
-def layer_cost(settings: Mapping[str, Any], stage: str, width: int) -> tuple[int, int]:
-    """Parameters of a layer's matrices, and numbers in its state of one row."""
-    return _cost(json.dumps(stage_settings(settings, stage), sort_keys=True), width)
+def layer_flops(settings: Mapping[str, Any], stage: str, width: int, num_tokens: int) -> int:
+    """Operations of a layer's matrix products for one row of ``num_tokens`` tokens; see ``stack_matmul_flops``."""
+    return _flops(*_described(settings, stage, width), num_tokens)
+
+
+def layer_state_size(settings: Mapping[str, Any], stage: str, width: int) -> int:
+    """Numbers in the state of one row of a layer."""
+    return _state_size(*_described(settings, stage, width))
+
+
+def _described(settings: Mapping[str, Any], stage: str, width: int) -> tuple[str, int]:
+    return json.dumps(stage_settings(settings, stage), sort_keys=True), width
 
 
 @functools.lru_cache(maxsize=64)
-def _cost(description: str, width: int) -> tuple[int, int]:
+def _without_memory(description: str, width: int) -> CortexStack:
     with torch.device("meta"):
-        stack = build_cortex(LayerSettings.model_validate(json.loads(description)).stack_config(width))
-        state = stack.init_state(1, device="meta", traces=False)
-    matrices = sum(p.numel() for p in stack.parameters() if p.ndim >= 2)
-    return matrices, sum(t.numel() for t in state.values(True, True))
+        return build_cortex(LayerSettings.model_validate(json.loads(description)).stack_config(width))
+
+
+@functools.lru_cache(maxsize=4096)
+def _flops(description: str, width: int, num_tokens: int) -> int:
+    return stack_matmul_flops(_without_memory(description, width), num_tokens)
+
+
+@functools.lru_cache(maxsize=64)
+def _state_size(description: str, width: int) -> int:
+    state = _without_memory(description, width).init_state(1, device="meta", traces=False)
+    return sum(t.numel() for t in state.values(True, True))

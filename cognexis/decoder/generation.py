@@ -196,7 +196,7 @@ class LoopedGenerationMixin(_GenerationMixin):
             raise InvalidConfigError("custom_generate: a decoding loop of your own takes fixed loops only")
         if session.budget is not None and prompt is not None:
             rows, length = prompt.shape[:2]
-            flops = core_flops_per_token(self.config, length) * length
+            flops = core_flops_per_token(self.config, length, length) * length
             session.budget.begin_pass(rows, prompt.device, flops, None)
             itemsize = next(self.parameters()).element_size()
             cache = CognexisCache(self.config, mixed_depth=True)

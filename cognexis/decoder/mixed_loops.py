@@ -157,7 +157,7 @@ def run_mixed(
     budget = None
     if session is not None and session.budget is not None:
         past = 0 if cache is None else int(cache.depth_layers[0].get_seq_length())
-        flops = core_flops_per_token(body.config, past + h0.shape[1])
+        flops = core_flops_per_token(body.config, past + h0.shape[1], h0.shape[1])
         budget = session.budget.begin_pass(h0.shape[0], h0.device, flops, loops.fitting_loops)
     if options.scheduler is not None and (session is None or session.is_first_pass):
         options.scheduler.keeps_record = record if session is None else session.keeps_record

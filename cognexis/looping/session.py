@@ -96,8 +96,9 @@ class LoopSession:
             return None
         if config.num_recurrent_blocks > 1:
             min_loops = getattr(self._cache, "num_loops", None) or min_loops
-        flops = core_flops_per_token(config, num_tokens)
-        spent = ~budget.affords(min_loops, flops if self._cache is not None else num_tokens * flops)
+        new_tokens = num_tokens if self._cache is None else 1
+        flops = new_tokens * core_flops_per_token(config, num_tokens, new_tokens)
+        spent = ~budget.affords(min_loops, flops)
         slot = None if self._cache is None else self._cache.layers[0]
         if slot is not None and slot.is_initialized:
             fitting = self.loops_that_fit(config, self._cache, len(spent), 1, slot.dtype.itemsize)

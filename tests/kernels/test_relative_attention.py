@@ -27,7 +27,7 @@ def arguments(T, M):
 @pytest.mark.parametrize("M", [0, 1, 7])
 @pytest.mark.parametrize("T", [0, 1, 2, 17])
 def test_both_forms_agree_in_output_and_gradients(T, M, window, monkeypatch):
-    monkeypatch.setattr(vectorised_module, "_BLOCK", 5)
+    monkeypatch.setattr(vectorised_module, "QUERY_BLOCK", 5)
     given = arguments(T, M)
     inputs = [value for value in given if isinstance(value, torch.Tensor) and value.requires_grad]
     results = []

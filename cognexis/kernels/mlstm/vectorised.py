@@ -32,7 +32,7 @@ def mlstm_vectorised(
     if length == 1:
         return mlstm_reference(q, k, v, i, f, state, resets, chunk_size, eps)
     wide = wide_dtype(q, k, v, i, f, *state)
-    size = math.ceil(length / math.ceil(length / chunk_size))
+    size = chunk_length(length, chunk_size)
     q, k, v_wide = (_chunks(part.to(wide), size) for part in (q, k * width**-0.5, v))  # [B, N, G, C, D]
     gate = _chunks(i.to(wide)[..., None], size, -math.inf)[..., 0]  # [B, N, G, C]
     forget = _chunks(F.logsigmoid(f.to(wide))[..., None], size)[..., 0]
@@ -63,6 +63,11 @@ def mlstm_vectorised(
     floor = (-scale).clamp(max=LARGEST_EXPONENT).exp()
     h = above / (torch.maximum(below.abs(), floor) + eps)[..., None]
     return h.flatten(2, 3)[:, :, :length].to(v.dtype), last
+
+
+def chunk_length(length: int, chunk_size: int) -> int:
+    """Tokens of a chunk where ``length`` tokens are cut into equal chunks of at most ``chunk_size``."""
+    return math.ceil(length / math.ceil(length / chunk_size))
 
 
 def _chunks(x: Tensor, size: int, filler: float = 0.0) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cognexis.kernels.relative_attention.inputs import RelativeInputs
 
-_BLOCK = 256
+QUERY_BLOCK = 256
 
 
 def relative_attention_vectorised(
@@ -19,8 +19,8 @@ def relative_attention_vectorised(
     q, k, v, r, u, v_bias = inputs
     T = q.shape[2]
     outputs = []
-    for start in range(0, T, _BLOCK):
-        stop = min(T, start + _BLOCK)
+    for start in range(0, T, QUERY_BLOCK):
+        stop = min(T, start + QUERY_BLOCK)
         low = 0 if window is None else max(0, M + start - window)
         keys = slice(low, M + stop)
         codes = r[:, r.shape[1] - (M + stop - low) :]

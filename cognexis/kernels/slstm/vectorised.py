@@ -53,7 +53,7 @@ class _Recurrence(torch.autograd.Function):
             c, n, m = cs[t], ns[t], ms[t]
             if t in resets_at:
                 y, c, n, m = (part * keep[t] for part in (y, c, n, m))  # type: ignore[index]
-            rows[t].baddbmm_(y, matrices)
+            torch.baddbmm(rows[t], y, matrices, out=rows[t])
             forgotten = F.logsigmoid(forgets[t]).add_(m)
             top = torch.maximum(inputs[t], forgotten, out=ms[t + 1])
             if t == 0 or t in resets_at:  # n is zero nowhere else
