@@ -17,7 +17,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from cognexis.errors import CognexisError, InvalidConfigError, TokenizerError
+from cognexis.eval_harness.ablations.command_line import ablate_command
 from cognexis.eval_harness.command_line import eval_app
+from cognexis.training.ablation_workshop import AblationWorkshop
 from cognexis.training.commands import train
 from cognexis.training.data.commands import data_app
 
@@ -33,6 +35,7 @@ app.add_typer(scheduler_app, name="scheduler")
 app.add_typer(eval_app, name="eval")
 app.add_typer(data_app, name="data")
 app.command()(train)
+app.command("ablate")(ablate_command(AblationWorkshop))
 
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a setting; repeatable.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
