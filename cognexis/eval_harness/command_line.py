@@ -8,10 +8,36 @@ import typer
 
 eval_app = typer.Typer(no_args_is_help=True, help="Measure a checkpoint, at several depths.")
 
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a setting.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the default is cuda if present.")]
+Out = Annotated[Path | None, typer.Option(help="Folder of the results; default: the configuration's.")]
 
-@eval_app.callback()
-def _group() -> None:
-    """Measure a checkpoint, at several depths."""
+
+@eval_app.callback(invoke_without_command=True)
+def evaluate(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="Run configuration with an evaluation section.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder of a saved model.")] = None,
+    out: Out = None,
+    sets: Sets = None,
+    device: Device = None,
+) -> None:
+    """Measure a checkpoint: all data sets of a configuration, at every depth and in every loop mode."""
+    given = {"--config": config, "--checkpoint": checkpoint, "--out": out, "--set": sets, "--device": device}
+    if context.invoked_subcommand is not None:
+        if early := [name for name, value in given.items() if value is not None]:
+            raise typer.BadParameter(f"{early[0]} must stand behind {context.invoked_subcommand}")
+        return
+    if config is None or checkpoint is None:
+        raise typer.BadParameter("needs --config and --checkpoint, or a command such as loop-scaling")
+    from cognexis.eval_harness.runner.evaluation import EvaluationOrder, run_evaluation
+
+    order = EvaluationOrder(config, checkpoint, out, tuple(sets or ()), device)
+    rows = run_evaluation(order, _report)
+    failed = [row for row in rows if row.status == "failed"]
+    print(f"{len(rows)} rows, {len(failed)} of them failed")
+    if failed:
+        raise typer.Exit(1)
 
 
 @eval_app.command("loop-scaling")
@@ -21,11 +47,11 @@ def loop_scaling(
     depths: Annotated[
         str | None, typer.Option(help="Loop counts, such as 1,2,4,8; default: the configuration's.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the results; default: the configuration's.")] = None,
-    sets: Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a setting.")] = None,
+    out: Out = None,
+    sets: Sets = None,
     max_rows: Annotated[int, typer.Option(help="At most so many rows of a data set.", min=1)] = 256,
     row_length: Annotated[int | None, typer.Option(help="Predicted tokens of a row; default 128.", min=1)] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the default is cuda if present.")] = None,
+    device: Device = None,
 ) -> None:
     """Quality, compute, time and state of a model by the number of loops, with a report."""
     from cognexis.eval_harness.scaling.grid import parse_depths
@@ -41,16 +67,20 @@ def loop_scaling(
         row_length=row_length,
         device=device,
     )
-    for path in run_loop_scaling(order, lambda line: print(line, file=sys.stderr, flush=True)):
+    for path in run_loop_scaling(order, _report):
         print(path)
 
 
 @eval_app.command("report")
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder with rows.jsonl, as loop-scaling writes it.")],
+    folder: Annotated[Path, typer.Argument(help="Folder with rows.jsonl, as an evaluation leaves it.")],
 ) -> None:
     """Make the report of a study again, from its files alone."""
     from cognexis.eval_harness.scaling.loop_scaling import report_folder
 
     for path in report_folder(folder):
         print(path)
+
+
+def _report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cognexis.artifacts.run_config.documents import yaml_text
+from cognexis.artifacts.run_config.other_sections import HELD_OUT_TEXT
 from cognexis.artifacts.run_config.resolving import resolve
 from cognexis.artifacts.run_config.run_config import RunConfig
 from cognexis.checkpoints.json_file import write_bytes
@@ -35,7 +36,8 @@ def _named_files(config: RunConfig) -> Iterator[tuple[str, str]]:
         data = config.training.data
         named |= {f"training.data.{n}": getattr(data, n) for n in ("train_manifest", "validation_manifest")}
     if config.evaluation is not None:
-        named |= {f"evaluation.datasets[{i}].path": d.path for i, d in enumerate(config.evaluation.datasets)}
+        sets = enumerate(config.evaluation.datasets)
+        named |= {f"evaluation.datasets[{i}].path": d.path for i, d in sets if d.path != HELD_OUT_TEXT}
     yield from ((path, name) for path, name in named.items() if name is not None)
 
 

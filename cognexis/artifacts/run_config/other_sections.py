@@ -1,14 +1,32 @@
 """The sections ``run``, ``tokenizer``, ``evaluation``, ``safety`` and ``logging``."""
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from cognexis.artifacts.run_config.inference_section import LoopMode
 from cognexis.artifacts.run_config.section import Count, Loops, NotNegative, Section, Text, as_listed, spelled
+from cognexis.errors import ConfigFault, InvalidConfigError
 
 Checksum = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
+HELD_OUT_TEXT = "quickstart-held-out"
+"""A data set's path that stands for the part of the standard library that the quickstart does not train on."""
+FILE_TYPES = ("language_modeling", "multiple_choice", "exact_match", "generation", "code", "safety")
+GENERATED_TYPES = ("recall", "synthetic")
+_OPTION_TYPES = (bool, int, float, str)
+
+
+def _option(value: Any) -> Any:
+    parts = list(value) if isinstance(value, (list, tuple)) else [value]
+    numbers = [part for part in parts if isinstance(part, float)]
+    if not all(isinstance(part, _OPTION_TYPES) for part in parts) or not all(map(math.isfinite, numbers)):
+        raise ValueError("must be a finite number, text, true or false, or a list of these")
+    return tuple(parts) if isinstance(value, (list, tuple)) else value
+
+
+_Option = Annotated[Any, BeforeValidator(_option)]
 _Switch = Annotated[Literal["enabled", "disabled"], spelled({True: "enabled", False: "disabled"})]
 
 
@@ -59,16 +77,49 @@ class TokenizerSection(Section):
 
 
 class DatasetSettings(Section):
-    """One data set of an evaluation."""
+    """One data set of an evaluation: a file, or examples that are generated."""
 
     name: Name
     """name in the results"""
-    type: Literal["language_modeling", "exact_match", "multiple_choice", "generation", "code", "safety"]
+    type: Literal[
+        "language_modeling",
+        "multiple_choice",
+        "exact_match",
+        "generation",
+        "code",
+        "safety",
+        "recall",
+        "synthetic",
+        "custom",
+    ]
     """kind of task"""
-    path: Text
-    """file or folder"""
+    path: Text | None = None
+    """file or folder; null for the kinds that generate their examples"""
+    task: Name | None = None
+    """synthetic: the family; custom: the name given to `register_task`"""
     split: Text = "test"
     """part of the data set"""
+    max_examples: Count | None = None
+    """at most so many examples, at equal distances; null: all"""
+    options: dict[Name, _Option] = {}
+    """settings of the task"""
+
+    @model_validator(mode="after")
+    def _says_where_examples_come_from(self) -> "DatasetSettings":
+        if self.path is None and self.type in FILE_TYPES:
+            raise _fault("path", None, f"is required by type {self.type}")
+        if self.path is not None and self.type in GENERATED_TYPES:
+            raise _fault("path", self.path, f"must be null: type {self.type} generates its examples")
+        if self.task is None and self.type in ("synthetic", "custom"):
+            raise _fault("task", None, f"is required by type {self.type}")
+        if self.task is not None and self.type not in ("synthetic", "custom"):
+            raise _fault("task", self.task, f"must be null with type {self.type}")
+        return self
+
+
+def _fault(path: str, value: str | None, reason: str) -> InvalidConfigError:
+    fault = ConfigFault(path, value, reason)
+    return InvalidConfigError(fault, faults=[fault])
 
 
 class EvaluationSection(Section):
@@ -79,12 +130,12 @@ class EvaluationSection(Section):
     adaptive_modes: Annotated[tuple[LoopMode, ...], as_listed] = ("fixed",)
     """loop modes to compare"""
     datasets: Annotated[tuple[DatasetSettings, ...], as_listed] = ()
-    """data sets, each with name, type, path and split"""
+    """data sets, see below"""
     metrics: Annotated[tuple[Name, ...], as_listed] = (
         *("perplexity", "accuracy", "latency_ms", "flops"),
         *("depth_efficiency_index", "loop_saturation_point", "overthinking_threshold"),
     )
-    """names of metrics"""
+    """metrics of cost that get rows of their own beside those of quality, and metrics of depth in the summary"""
     saturation_definition: Literal["threshold", "max_dei", "baseline_argmax"] = "threshold"
     """which loop saturation point is meant"""
     saturation_threshold: NotNegative = 0.0

@@ -22,7 +22,7 @@ from cognexis.artifacts.run_config.model_section import ARCHITECTURE_FIELDS
 from cognexis.errors import InvalidConfigError
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-COMMAND_OF = {"train": "train", "cognexis-tiny": "train", "evaluation": "eval", "serve": "serve"}
+COMMAND_OF = {"train": "train", "cognexis-tiny": "train", "eval": "eval", "serve": "serve"}
 
 
 def faults(document: Any, **keywords: Any) -> list[str]:

@@ -1,0 +1,1 @@
+"""``cognexis eval``: tasks at every depth and in every loop mode, as result rows."""
