@@ -8,6 +8,9 @@ import typer
 
 eval_app = typer.Typer(no_args_is_help=True, help="Measure a checkpoint, at several depths.")
 
+data_app = typer.Typer(no_args_is_help=True, help="Make evaluation data of installed packages.")
+eval_app.add_typer(data_app, name="data")
+
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a setting.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the default is cuda if present.")]
 Out = Annotated[Path | None, typer.Option(help="Folder of the results; default: the configuration's.")]
@@ -80,6 +83,28 @@ def report(
 
     for path in report_folder(folder):
         print(path)
+
+
+@data_app.callback()
+def _data() -> None:
+    """Make evaluation data of installed packages."""
+
+
+@data_app.command("build")
+def data_build(
+    names: Annotated[
+        list[str], typer.Argument(help="gsm-symbolic, chain-sum, human-eval, quartz, logiqa: one or more.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for NAME.jsonl and eval_manifest.json.")],
+    max_examples: Annotated[int | None, typer.Option(help="At most so many examples of each.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Of generated examples.")] = 0,
+) -> None:
+    """Write data sets that an evaluation reads, and a manifest with their licences."""
+    from cognexis.eval_harness.data_sets import build_data_sets
+
+    for file in build_data_sets(names, out, max_examples=max_examples, seed=seed)["files"]:
+        origin = f"{file['package']} {file['version']}, {file['licence']}"
+        print(f"{out / file['path']}: {file['num_examples']} examples, {file['origin']}, {origin}")
 
 
 def _report(line: str) -> None:

@@ -3,6 +3,7 @@
 The beginning-of-text token stands in front of every text; ids that a request brings are taken as they are. A choice is
 encoded together with its context and cut behind it, since a tokenizer may join what stands at the seam; where the
 context's tokens are not those of the whole, both are encoded on their own.
+Choices of one token each behind the same context are scored in one pass.
 """
 
 from collections.abc import Sequence
@@ -15,10 +16,14 @@ from cognexis.eval_harness.tasks.protocol import Choice, Example, Generation, Li
 
 @dataclass(frozen=True)
 class ScoredIds:
-    """A sequence whose tokens from ``start`` on are scored, each given all before it."""
+    """A sequence whose tokens from ``start`` on are scored, each given all before it.
+
+    ``candidates``: ids that stand for the last token one after another, where all choices are single tokens.
+    """
 
     ids: tuple[int, ...]
     start: int
+    candidates: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def _encoded(example: Example, tokenizer: Any, max_length: int) -> EncodedExampl
     if isinstance(request, Likelihood):
         scored = [ScoredIds(_text(request.text, tokenizer), 1)]
     else:
-        scored = [_choice(request, choice, tokenizer) for choice in request.choices]
+        scored = _together([_choice(request, choice, tokenizer) for choice in request.choices])
     for sequence in scored:
         _check_length(example.id, len(sequence.ids), max_length)
         if not 1 <= sequence.start < len(sequence.ids):
@@ -73,9 +78,19 @@ def _choice(request: Choice, choice: Text, tokenizer: Any) -> ScoredIds:
     return ScoredIds((*context, *own), len(context))
 
 
+def _together(choices: list[ScoredIds]) -> list[ScoredIds]:
+    """One sequence for all choices where each is one token behind the same context."""
+    first = choices[0]
+    if any(choice.ids[:-1] != first.ids[:-1] or choice.start != len(choice.ids) - 1 for choice in choices):
+        return choices
+    return [ScoredIds(first.ids, first.start, tuple(choice.ids[-1] for choice in choices))]
+
+
 def _text(text: Text, tokenizer: Any) -> tuple[int, ...]:
     if not isinstance(text, str):
         return tuple(text)
+    if tokenizer is None:
+        raise InvalidConfigError("the task asks in text, and the checkpoint has no tokenizer")
     begin = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
     return (*begin, *_plain(text, tokenizer))
 
@@ -87,7 +102,7 @@ def _plain(text: str, tokenizer: Any) -> tuple[int, ...]:
 def _chat(text: Text, tokenizer: Any, name: str) -> tuple[int, ...]:
     if not isinstance(text, str):
         raise InvalidConfigError(f"example {name!r}: is_chat needs a prompt that is text")
-    if tokenizer.chat_template is None:
+    if getattr(tokenizer, "chat_template", None) is None:
         raise InvalidConfigError("options.is_chat: the tokenizer has no chat template", path="options.is_chat")
     messages = [{"role": "user", "content": text}]
     return tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))

@@ -138,7 +138,7 @@ def run_evaluation(order: EvaluationOrder, report: Callable[[str], None]) -> lis
 
 
 def load_model(checkpoint: Path, device: str | None) -> tuple[Any, Any]:
-    """Model and tokenizer of a folder, ready to be measured.
+    """Model and tokenizer of a folder, ready to be measured; a model of a task's own ids may be without tokenizer.
 
     Raises:
         CheckpointError: the folder cannot be loaded.
@@ -147,8 +147,10 @@ def load_model(checkpoint: Path, device: str | None) -> tuple[Any, Any]:
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint}: no such folder")
     model: Any = CognexisForCausalLM.from_pretrained(checkpoint)
-    tokenizer = CognexisTokenizer.from_pretrained(checkpoint)
-    check_tokenizer_match(model.config, tokenizer, generation_config=model.generation_config)
+    tokenizer = None
+    if (checkpoint / "tokenizer.json").is_file() or model.config.tokenizer_checksum is not None:
+        tokenizer = CognexisTokenizer.from_pretrained(checkpoint)
+        check_tokenizer_match(model.config, tokenizer, generation_config=model.generation_config)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     return model, tokenizer
 
@@ -165,7 +167,7 @@ def _load(dataset: Any, index: int, order: EvaluationOrder, config: Any, model: 
     digest = hashlib.sha256(repr([(x.example, x.scored, x.prompt) for x in examples]).encode()).hexdigest()[:12]
     shared = {
         "checkpoint": str(order.checkpoint),
-        "tokenizer_checksum": tokenizer_checksum(tokenizer) or "unknown",
+        "tokenizer_checksum": (None if tokenizer is None else tokenizer_checksum(tokenizer)) or "none",
         "dataset": dataset.name,
         "split": dataset.split,
         "task_version": f"{task.name} {task.version}, {len(examples)} examples {digest}",

@@ -37,7 +37,7 @@ def run_likelihoods(
     sequences = [sequence for example in examples for sequence in example.scored]
     found = Execution(batch_size=batch_size, num_requests=len(examples))
     keywords = {**run.keywords, "use_cache": False, "return_loop_stats": True}
-    scores: list[TokenScores] = []
+    scores: list[TokenScores | ChoiceScores] = []
     weighted_norms: list[Tensor] = []
     _forward(model, sequences[:batch_size], keywords)
     run.overhead_s = 0.0
@@ -47,7 +47,7 @@ def run_likelihoods(
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
         found.batch_ms.append(1e3 * (time.perf_counter() - started))
-        scores += [_token_scores(output.logits[row], sequence) for row, sequence in enumerate(batch)]
+        scores += [_scores(output.logits[row], sequence) for row, sequence in enumerate(batch)]
         _count(found, model.config, batch, output, mask, run)
         if not run.is_adaptive and output.loop_diagnostics.norms is not None:
             weighted_norms.append(len(batch) / len(sequences) * output.loop_diagnostics.norms.double().cpu())
@@ -59,7 +59,8 @@ def run_likelihoods(
     remaining = iter(scores)
     for example in examples:
         own = list(islice(remaining, len(example.scored)))
-        found.predictions.append(_choice_scores(own) if isinstance(example.example.request, Choice) else own[0])
+        is_joined = isinstance(example.example.request, Choice) and not isinstance(own[0], ChoiceScores)
+        found.predictions.append(_choice_scores(own) if is_joined else own[0])
     return found
 
 
@@ -76,8 +77,13 @@ def _forward(model: Any, batch: list[ScoredIds], keywords: dict[str, Any]) -> tu
     return model(input_ids=ids, attention_mask=given, **keywords), mask
 
 
-def _token_scores(logits: Tensor, sequence: ScoredIds) -> TokenScores:
-    """Scores of the tokens from ``start`` on; ``logits`` are ``[T, V]``."""
+def _scores(logits: Tensor, sequence: ScoredIds) -> TokenScores | ChoiceScores:
+    """Scores of the tokens from ``start`` on, or of the candidates for the last; ``logits`` are ``[T, V]``."""
+    if sequence.candidates:
+        each = logits[sequence.start - 1].double().log_softmax(-1)[list(sequence.candidates)]
+        if not torch.isfinite(each).all():
+            raise NonFiniteError(f"{int((~torch.isfinite(each)).sum())} of {each.numel()} losses are not finite")
+        return ChoiceScores(tuple(each.tolist()), (1,) * len(each))
     targets = torch.tensor(sequence.ids[sequence.start :], device=logits.device)
     wanted = logits[sequence.start - 1 : len(sequence.ids) - 1].float()
     nats = torch.nn.functional.cross_entropy(wanted, targets, reduction="none").double()
@@ -86,7 +92,7 @@ def _token_scores(logits: Tensor, sequence: ScoredIds) -> TokenScores:
     return TokenScores(tuple(nats.tolist()), tuple((wanted.argmax(-1) == targets).tolist()))
 
 
-def _choice_scores(scores: list[TokenScores]) -> ChoiceScores:
+def _choice_scores(scores: list[Any]) -> ChoiceScores:
     sums = tuple(-float(torch.tensor(score.nats, dtype=torch.float64).sum()) for score in scores)
     return ChoiceScores(sums, tuple(len(score.nats) for score in scores))
 

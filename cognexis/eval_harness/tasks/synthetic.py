@@ -3,7 +3,8 @@
 Families with few answers are asked as a choice (metric ``accuracy``, of equal likelihoods the lowest index);
 the others are generated and compared (``exact_match``). ``difficulty`` sets the one number that makes a family harder,
 and every other setting of the family can be given by its name. ``shots`` solved examples of the training split stand
-in front of each question; all questions are of the test split, and the splits share no sequence.
+in front of each question; all questions are of the test split, and the splits share no sequence. ``form: ids`` asks a
+model that was trained on the family's own ids: the answer is the class with the largest logit at the last token.
 """
 
 from collections.abc import Callable, Sequence
@@ -105,12 +106,16 @@ class Synthetic(Task):
         self,
         task: str,
         seed: int,
+        vocab_size: int,
         *,
         difficulty: int | None = None,
         num_examples: int = 64,
         shots: int = 0,
+        form: str = "text",
         **settings: Any,
     ) -> None:
+        self._examples: list[Example] = []
+        self._answers: tuple[str, ...] | Callable[[int], str] = ()
         family = family_of(task)
         if difficulty is not None and family.difficulty in settings:
             raise InvalidConfigError(f"options.difficulty: is {family.difficulty} of {task}; give one of the two")
@@ -121,6 +126,11 @@ class Synthetic(Task):
                 f"options.num_examples={num_examples}, options.shots={shots}: must be at least 1, and 0 or more"
             )
         splits = family.task.splits(10 * max(num_examples, shots), seed=seed, **settings)
+        if form == "ids":
+            self._ask_in_ids(task, splits.test, num_examples, shots, vocab_size)
+            return
+        if form != "text":
+            raise InvalidConfigError(f"options.form={form!r}: must be text or ids", path="options.form", value=form)
         for name, texts, needed in (
             ("answers", family.answers, splits.test.num_classes),
             ("tokens", family.words, splits.test.vocab_size),
@@ -132,10 +142,26 @@ class Synthetic(Task):
         self.metrics = {"exact_match": HIGHER} if callable(family.answers) else {"accuracy": HIGHER}
         solved = [family.solved(splits.train, index) for index in range(shots)]
         before = "".join(f"{question} {self._answer(label)}\n\n" for question, label in solved)
-        self._examples = [
+        self._examples += [
             self._example(str(index), before, *family.solved(splits.test, index), splits.test.num_classes)
             for index in range(num_examples)
         ]
+
+    def _ask_in_ids(self, task: str, data: SequenceTask, num_examples: int, shots: int, vocab_size: int) -> None:
+        """Sequences as they are; the answer is the class with the largest logit at the last token."""
+        if shots or vocab_size < max(data.vocab_size, data.num_classes):
+            raise InvalidConfigError(
+                f"options.form='ids': takes no shots, and a model of {max(data.vocab_size, data.num_classes)} or more "
+                f"ids, got shots={shots} and {vocab_size} ids",
+                path="options.form",
+            )
+        self.prompt_format, self.metrics = f"{task}, ids", {"accuracy": HIGHER}
+        self._answers = tuple(map(str, range(data.num_classes)))
+        choices = tuple((label,) for label in range(data.num_classes))
+        for index in range(num_examples):
+            ids, labels = data[index]
+            label = int(labels if labels.ndim == 0 else labels[-1])
+            self._examples.append(Example(str(index), Choice(tuple(ids.tolist()), choices), label))
 
     @property
     def decoding(self) -> dict[str, Any]:
