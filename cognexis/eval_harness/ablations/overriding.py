@@ -8,7 +8,7 @@ to the canonical names of the settings first, so ``model: {recurrent: {gating: f
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,3 @@ def paths_of(document: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 def needs_training(document: Mapping[str, Any]) -> bool:
     """Whether weights depend on what the document changes."""
     return any(path.split(".")[0] not in RUN_TIME_SECTIONS for path in paths_of(document))
-
-
-def command_line_overrides(base: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """The base with "path=value" texts applied."""
-    return apply_overrides(base, overrides) if overrides else base

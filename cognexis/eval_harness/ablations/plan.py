@@ -1,13 +1,4 @@
-"""The plan: a file that names a base and what to change, expanded to experiments before anything runs.
-
-    schema_version: 1
-    name: tiny
-    base: base.yaml                     a file beside this one, or a run configuration written here
-    text: {characters: 1000000}         null: the base names its own data
-    seeds: [0, 1]
-    components: [no_gating, ...]        null: all that the base has; []: none
-    sweeps: {residual_scale: [0.5, 1]}  null in place of the list: the usual values
-    experiments: [{name: ..., changed_factor: ..., hypothesis: ..., overrides: overrides/x.yaml}]
+"""The plan: the file expanded to experiments before anything runs.
 
 Every configuration of the plan is checked, and every model built on the meta device, before the first run starts.
 """
@@ -16,74 +7,21 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, BeforeValidator, Field
 
-from cognexis.artifacts.run_config import RunConfig, config_from_document, resolve
-from cognexis.artifacts.run_config.documents import read_document, yaml_text
+from cognexis.artifacts.run_config import RunConfig, resolve
+from cognexis.artifacts.run_config.documents import yaml_text
 from cognexis.errors import InvalidConfigError
 from cognexis.eval_harness.ablations.components import COMPONENTS, component
-from cognexis.eval_harness.ablations.overriding import (
-    command_line_overrides,
-    merged,
-    needs_training,
-    nested,
-    read_overrides,
-)
-from cognexis.eval_harness.ablations.records import _STRICT, ExperimentRecord, Method, Seeds, StopCriteria, checked
-from cognexis.eval_harness.ablations.sweeps import expanded, folder_name, sweep
+from cognexis.eval_harness.ablations.overriding import merged, needs_training, nested, read_overrides
+from cognexis.eval_harness.ablations.plan_file import AblationFile
+from cognexis.eval_harness.ablations.records import ExperimentRecord, Method, checked
+from cognexis.eval_harness.ablations.sweeps import expanded, sweep
 from cognexis.modeling_cognexis import CognexisForCausalLM
 
 BASELINE = "baseline"
-_Listed = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
-_Text = Annotated[str, Field(min_length=1)]
-
-
-class TextSettings(BaseModel):
-    """Text of this machine to train and measure on; the plan then fills in the paths of the base."""
-
-    model_config = _STRICT
-
-    characters: Annotated[int, Field(ge=1)] = 1_000_000
-    """at most so much of the source code of Python's standard library"""
-    held_out_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
-    """share of the files that is measured on"""
-
-
-class CustomExperiment(BaseModel):
-    """A change of the user's own."""
-
-    model_config = _STRICT
-
-    name: _Text
-    changed_factor: _Text
-    hypothesis: _Text
-    overrides: dict[str, Any] | _Text
-    """a run configuration to merge over the base, or its file"""
-
-
-class AblationFile(BaseModel):
-    """The file of a plan."""
-
-    model_config = _STRICT
-
-    schema_version: Literal[1] = 1
-    name: _Text
-    base: dict[str, Any] | _Text
-    """the run configuration of the baseline, or its file"""
-    text: TextSettings | None = None
-    seeds: Seeds = (0,)
-    components: Annotated[tuple[_Text, ...], _Listed] | None = None
-    sweeps: dict[str, Annotated[tuple[Any, ...], _Listed] | None] = {}
-    experiments: Annotated[tuple[CustomExperiment, ...], _Listed] = ()
-    stop_criteria: StopCriteria = StopCriteria()
-    metric: Literal["negative_log_likelihood", "accuracy"] = "negative_log_likelihood"
-    row_length: Annotated[int, Field(ge=1)] = 128
-    """predicted tokens of a row that is measured"""
-    max_rows: Annotated[int, Field(ge=1)] = 128
-    """at most so many rows of a data set"""
 
 
 @dataclass(frozen=True)
@@ -120,30 +58,6 @@ class Plan:
     experiments: list[Experiment]
     sweeps: dict[str, list[tuple[Any, str]]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
-
-
-def read_plan_file(path: Path) -> AblationFile:
-    """Read and check the file of a plan.
-
-    Raises:
-        InvalidConfigError: lists every fault.
-    """
-    return checked(AblationFile, read_document(path), str(path))
-
-
-def read_base(file: AblationFile, folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run configuration of the baseline, with "path=value" overrides.
-
-    Args:
-        folder: where the files that the plan names are looked for.
-
-    Raises:
-        InvalidConfigError: lists every fault.
-    """
-    base = config_from_document(read_overrides(file.base, folder))
-    if base.model is None:
-        raise InvalidConfigError("base: needs a model section", path="base.model")
-    return command_line_overrides(base, overrides)
 
 
 def make_plan(
@@ -225,7 +139,7 @@ class _Maker:
             count = parameter_count(config)
         except InvalidConfigError as error:
             raise InvalidConfigError(f"{name}: {error}", faults=error.faults) from error
-        if overrides and config_checksum(config) == self.base_checksum:
+        if name != BASELINE and config_checksum(config) == self.base_checksum:
             raise InvalidConfigError(f"{name}: changes nothing in the base", path=name)
         steps = config.training.optimization.total_steps if config.training is not None else 0
         record = {
@@ -304,17 +218,3 @@ def config_checksum(config: RunConfig) -> str:
     if "evaluation" in document:
         document["evaluation"].pop("output_path", None)
     return f"sha256:{hashlib.sha256(yaml_text(document).encode()).hexdigest()}"
-
-
-__all__ = [
-    "BASELINE",
-    "AblationFile",
-    "Experiment",
-    "Plan",
-    "config_checksum",
-    "folder_name",
-    "make_plan",
-    "parameter_count",
-    "read_base",
-    "read_plan_file",
-]

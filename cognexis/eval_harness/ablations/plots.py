@@ -13,7 +13,7 @@ _WORDS = {
 _AXES = {"latency_ms": "latency (ms per batch)", "state_norm": "norm of the last state", "loops": "mean loops"}
 
 
-def differences(data: dict[str, Any]) -> bytes:
+def difference_picture(data: dict[str, Any]) -> bytes:
     """A bar for each experiment."""
     names = data["experiments"]
     figure = _figure(7.0, 1.4 + 0.34 * max(len(names), 1))
@@ -32,7 +32,7 @@ def differences(data: dict[str, Any]) -> bytes:
     return _png(figure)
 
 
-def depths(data: dict[str, Any]) -> bytes:
+def depth_picture(data: dict[str, Any]) -> bytes:
     """Loss against the number of loops, a line for each trained experiment."""
     figure = _figure(7.0, 4.4)
     axes = figure.subplots()
@@ -50,7 +50,7 @@ def depths(data: dict[str, Any]) -> bytes:
     return _png(figure)
 
 
-def pareto(data: dict[str, Any]) -> bytes:
+def pareto_picture(data: dict[str, Any]) -> bytes:
     """Metric against compute; the front is joined by a line."""
     figure = _figure(7.0, 4.4)
     axes = figure.subplots()
@@ -70,7 +70,7 @@ def pareto(data: dict[str, Any]) -> bytes:
     return _png(figure)
 
 
-def sweep(data: dict[str, Any]) -> bytes:
+def sweep_picture(data: dict[str, Any]) -> bytes:
     """Metric, latency, norm of the state and loops against the value."""
     shown = [name for name in ("metric", *_AXES) if any(value is not None for value in data[name])] or ["metric"]
     figure = _figure(3.6 * len(shown), 3.4)

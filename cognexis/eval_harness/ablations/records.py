@@ -46,7 +46,7 @@ def _no_repetition(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
-_STRICT = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+STRICT = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 _Name = Annotated[str, Field(min_length=1, pattern=r"\S")]
 _Count = Annotated[int, Field(ge=0)]
 _Amount = Annotated[float, Field(ge=0)]
@@ -63,7 +63,7 @@ Status = Annotated[AblationStatus, _member(AblationStatus)]
 class StopCriteria(BaseModel):
     """When a run counts as unstable."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     max_skipped_steps: _Count = 0
     """optimizer steps with NaN or infinity that are still accepted"""
@@ -74,7 +74,7 @@ class StopCriteria(BaseModel):
 class ExperimentRecord(BaseModel):
     """One changed factor, written down before anything runs."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     name: _Name
     baseline: _Name
@@ -98,7 +98,7 @@ class ExperimentRecord(BaseModel):
 class DepthPoint(BaseModel):
     """One depth of one run: means over the rows of all data sets."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     loops: Annotated[int, Field(ge=1)]
     negative_log_likelihood: float | None
@@ -116,7 +116,7 @@ class DepthPoint(BaseModel):
 class UsePoint(BaseModel):
     """A model under one setting of its loops; losses in nats per token, None where not finite."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     loop_mode: _Name
     negative_log_likelihood: float | None = None
@@ -139,7 +139,7 @@ class UsePoint(BaseModel):
 class AblationRun(BaseModel):
     """One experiment with one seed."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     experiment: _Name
     seed: _Count
@@ -189,7 +189,7 @@ class AblationRun(BaseModel):
 class AblationResult(BaseModel):
     """What an experiment says."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     name: _Name
     plan: ExperimentRecord

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from cognexis.checkpoints.json_file import write_bytes, write_json
-from cognexis.eval_harness.ablations import plots
 from cognexis.eval_harness.ablations.plan import BASELINE, Plan
 from cognexis.eval_harness.ablations.plot_data import completed, depth_data, difference_data, pareto_data, sweep_data
+from cognexis.eval_harness.ablations.plots import depth_picture, difference_picture, pareto_picture, sweep_picture
 from cognexis.eval_harness.ablations.records import AblationResult, AblationRun
 from cognexis.eval_harness.ablations.summary import results_of, summarize
 from cognexis.eval_harness.ablations.sweeps import folder_name
@@ -39,11 +39,11 @@ def _write_pictures(
     folder: Path, plan: Plan, runs: Sequence[AblationRun], results: Sequence[AblationResult]
 ) -> list[Path]:
     drawn: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], bytes]]] = {
-        "differences": (difference_data(results), plots.differences),
-        "depths": (depth_data(plan, runs), plots.depths),
-        "pareto": (pareto_data(plan, runs), plots.pareto),
+        "differences": (difference_data(results), difference_picture),
+        "depths": (depth_data(plan, runs), depth_picture),
+        "pareto": (pareto_data(plan, runs), pareto_picture),
     }
-    drawn |= {f"sweep-{folder_name(name)}": (sweep_data(plan, runs, name), plots.sweep) for name in plan.sweeps}
+    drawn |= {f"sweep-{folder_name(name)}": (sweep_data(plan, runs, name), sweep_picture) for name in plan.sweeps}
     folder.mkdir(exist_ok=True)
     pictures = []
     can_draw = importlib.util.find_spec("matplotlib") is not None

@@ -29,16 +29,8 @@ from cognexis.checkpoints.json_file import read_json, write_json
 from cognexis.errors import BackendError, CheckpointError, CognexisError, InvalidConfigError, NonFiniteError
 from cognexis.eval_harness.ablations.measuring import Measurement, held_out_rows, measure
 from cognexis.eval_harness.ablations.overriding import merged
-from cognexis.eval_harness.ablations.plan import (
-    BASELINE,
-    AblationFile,
-    Experiment,
-    Plan,
-    config_checksum,
-    make_plan,
-    read_base,
-    read_plan_file,
-)
+from cognexis.eval_harness.ablations.plan import BASELINE, Experiment, Plan, config_checksum, make_plan
+from cognexis.eval_harness.ablations.plan_file import AblationFile, read_base, read_plan_file
 from cognexis.eval_harness.ablations.records import AblationRun, AblationStatus, Method, checked
 from cognexis.eval_harness.ablations.report import write_results
 from cognexis.eval_harness.ablations.sweeps import folder_name

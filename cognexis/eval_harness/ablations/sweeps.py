@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from cognexis.artifacts.run_config import RunConfig
+from cognexis.artifacts.run_config.inference_section import SCHEDULER_FIELDS, SCHEDULER_NAMES
 from cognexis.configuration_rules import nearest_name
 from cognexis.errors import InvalidConfigError
+from cognexis.eval_harness.ablations.components import component
 from cognexis.eval_harness.ablations.overriding import nested
 
 Settings = Callable[[Any, RunConfig], Mapping[str, Any]]
@@ -28,11 +30,13 @@ class Sweep:
         factor: what changes, in words.
         values: those of a plan that gives none.
         settings: the changed settings of a value, by path.
+        absent: says why they have no effect in a configuration; empty if they have.
     """
 
     factor: str
     values: tuple[Any, ...]
     settings: Settings
+    absent: Callable[[RunConfig], str] = lambda config: ""
 
 
 def _sets(*paths: str, also: Mapping[str, Any] | None = None) -> Settings:
@@ -58,7 +62,9 @@ def _min_loops(value: Any, config: RunConfig) -> Mapping[str, Any]:
 
 
 def _heads(value: Any, config: RunConfig) -> Mapping[str, Any]:
-    return {"model.num_attention_heads": value, "model.num_key_value_heads": None, "model.head_dim": None}
+    model: Any = config.model
+    kept = model.num_key_value_heads if value % model.num_key_value_heads == 0 else value
+    return {"model.num_attention_heads": value, "model.num_key_value_heads": kept, "model.head_dim": None}
 
 
 def _rope_scaling(value: Any, config: RunConfig) -> Mapping[str, Any]:
@@ -93,7 +99,28 @@ def _over_range(value: Any, config: RunConfig) -> Mapping[str, Any]:
     }
 
 
-_SCHEDULER = "inference.scheduler"
+def _has_no_gate(config: RunConfig) -> str:
+    has_gate = config.model is not None and config.model.recurrent_gating
+    return "" if has_gate else "the base has no gate"
+
+
+def _unread(field: str) -> Callable[[RunConfig], str]:
+    """Why a field of the scheduler has no effect."""
+
+    def reason(config: RunConfig) -> str:
+        kind = config.inference.scheduler.type
+        if config.inference.loop_mode == "fixed":
+            return "inference.loop_mode is fixed in the base, so no scheduler is asked"
+        return "" if field in SCHEDULER_FIELDS[kind] else f"the base's scheduler {kind} does not read it"
+
+    return reason
+
+
+def _scheduler_sweep(factor: str, values: tuple[Any, ...], field: str) -> Sweep:
+    setting = f"inference.scheduler.{SCHEDULER_NAMES.get(field, field)}"
+    return Sweep(factor, values, _sets(setting), _unread(field))
+
+
 SWEEPS: dict[str, Sweep] = {
     "max_loops": Sweep("loops in training", (2, 4, 8, 12), _max_loops),
     "min_loops": Sweep("fewest loops", (1, 2, 4), _min_loops),
@@ -102,8 +129,13 @@ SWEEPS: dict[str, Sweep] = {
         (0.25, 0.5, 1.0),
         _sets("model.recurrent_residual_scale", also={"model.recurrent_residual_mode": "fixed"}),
     ),
-    "injection_scale": Sweep("strength of the injection", (0.1, 0.5, 1.0), _sets("model.injection_scale")),
-    "gate_init": Sweep("start of the gate's bias", (-2.0, 0.0, 2.0), _sets("model.gate_init_bias")),
+    "injection_scale": Sweep(
+        "strength of the injection",
+        (0.1, 0.5, 1.0),
+        _sets("model.injection_scale"),
+        component("no_injection").absent,
+    ),
+    "gate_init": Sweep("start of the gate's bias", (-2.0, 0.0, 2.0), _sets("model.gate_init_bias"), _has_no_gate),
     "prelude_blocks": Sweep(
         "blocks of the prelude",
         (0, 1, 2),
@@ -123,19 +155,17 @@ SWEEPS: dict[str, Sweep] = {
         "largest gradient norm (null: none)", (0.5, 1.0, None), _sets("training.optimization.gradient_clip_norm")
     ),
     "norm_type": Sweep("kind of norm", ("rmsnorm", "layernorm"), _sets("model.norm_type", "model.final_norm")),
-    "value_threshold": Sweep(
-        "gain of another loop below which a token halts",
-        (1e-4, 5e-4, 2e-3),
-        _sets(f"{_SCHEDULER}.predicted_gain_threshold"),
+    "value_threshold": _scheduler_sweep(
+        "gain of another loop below which a token halts", (1e-4, 5e-4, 2e-3), "gain_threshold"
     ),
-    "scheduler_min_delta": Sweep(
-        "change of the state below which a token halts", (0.01, 0.03, 0.1), _sets(f"{_SCHEDULER}.min_delta")
+    "scheduler_min_delta": _scheduler_sweep(
+        "change of the state below which a token halts", (0.01, 0.03, 0.1), "min_delta"
     ),
-    "scheduler_confidence": Sweep(
-        "probability above which a token halts", (0.8, 0.9, 0.95), _sets(f"{_SCHEDULER}.confidence_threshold")
+    "scheduler_confidence": _scheduler_sweep(
+        "probability above which a token halts", (0.8, 0.9, 0.95), "confidence_threshold"
     ),
-    "scheduler_cost": Sweep("cost of a loop", (0.5, 1.0, 2.0), _sets(f"{_SCHEDULER}.loop_cost")),
-    "scheduler_risk": Sweep("gain that uncertainty costs", (0.0, 0.5, 1.0), _sets(f"{_SCHEDULER}.risk_weight")),
+    "scheduler_cost": _scheduler_sweep("cost of a loop", (0.5, 1.0, 2.0), "loop_cost"),
+    "scheduler_risk": _scheduler_sweep("gain that uncertainty costs", (0.0, 0.5, 1.0), "risk_weight"),
     "loop_mode": Sweep("who ends the loops", ("fixed", "adaptive_sequence", "adaptive_token"), _loop_mode),
     "over_range_loops": Sweep("loops as a multiple of those in training", (1.5, 2.0, 4.0), _over_range),
 }
@@ -159,9 +189,11 @@ def expanded(name: str, values: Sequence[Any] | None, config: RunConfig) -> dict
     """Overrides by name of the experiment, one for each value.
 
     Raises:
-        InvalidConfigError: the sweep is unknown, or has no values.
+        InvalidConfigError: the sweep is unknown, has no values, or no effect in this configuration.
     """
     found = sweep(name)
+    if reason := found.absent(config):
+        raise InvalidConfigError(f"sweeps.{name}: {reason}", path=f"sweeps.{name}", reason=reason)
     chosen = list(found.values if values is None else values)
     if not chosen:
         reason = "needs a list of one value or more"
