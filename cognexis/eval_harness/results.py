@@ -102,8 +102,18 @@ class ResultRow(BaseModel):
     """mean norm of the state by loop, entry 0 before the first; None where it is not finite"""
     hidden_deltas: _Numbers | None = None
     """mean relative change of the state by loop"""
+    prediction_entropy: _Amount | None = None
+    """mean entropy of the predictions, in nats"""
+    attention_entropies: _Numbers | None = None
+    """mean entropy of the core's attention by loop, in nats"""
+    loop_gain: _Amount | None = None
+    """largest factor by which the last loop stretches a small change of the state"""
+    repetition_rate: _Amount | None = None
+    """share of the four-token sequences of greedy continuations that occurred before"""
     non_finite_count: _Count | None = None
     """examples with a state, logit or loss that is not finite"""
+    trained_max_loops: Annotated[int, Field(ge=1)] | None = None
+    """most loops of the training"""
     extrapolated: bool = False
     """more loops than the model was trained with"""
     nonstandard_features: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()

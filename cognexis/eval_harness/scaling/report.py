@@ -8,20 +8,32 @@ import base64
 import html
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cognexis.checkpoints.json_file import write_bytes, write_json
+from cognexis.eval_harness.scaling.figures import compute_unit
+from cognexis.eval_harness.scaling.overthinking import (
+    Table,
+    change_ratio,
+    continuation_table,
+    depth_label,
+    leading_studies,
+    loops,
+    number,
+    overthinking_table,
+    scheduler_table,
+    signs,
+)
 from cognexis.eval_harness.scaling.plots import (
     efficiency_by_depth,
     latency_by_loops,
     quality_by_compute,
     quality_by_loops,
-    state_by_loop,
 )
+from cognexis.eval_harness.scaling.state_plots import has_signs, signs_by_depth, state_by_loop
 from cognexis.eval_harness.scaling.study import CurveStudy
-
-Table = list[list[str]]
 
 
 def write_report(folder: Path, studies: Sequence[CurveStudy]) -> list[Path]:
@@ -45,80 +57,133 @@ def write_report(folder: Path, studies: Sequence[CurveStudy]) -> list[Path]:
 
 def draw_all(studies: Sequence[CurveStudy]) -> dict[str, bytes]:
     """Every picture by name; curves of one data set and metric share one. Perplexity is drawn without its log only."""
+    pictures = {}
+    for title, group in _groups(studies).items():
+        pictures[f"quality-loops-{_slug(title)}"] = quality_by_loops(group)
+        if all(row.flops_mean is not None for study in group for row in study.rows):
+            pictures[f"quality-compute-{_slug(title)}"] = quality_by_compute(group)
+        if any(study.depth_metrics["dei"] for study in group):
+            pictures[f"efficiency-{_slug(title)}"] = efficiency_by_depth(group)
+    rows = [row for study in studies for row in study.rows]
+    if any(row.hidden_norms is not None for row in rows):
+        pictures["state"] = state_by_loop(studies)
+    if has_signs(rows):
+        pictures["overthinking"] = signs_by_depth(studies)
+    if any(row.latency_ms_mean is not None for row in rows):
+        pictures["latency"] = latency_by_loops(studies)
+    return pictures
+
+
+def _groups(studies: Sequence[CurveStudy]) -> dict[str, list[CurveStudy]]:
+    """Curves that share pictures, by title."""
     groups: dict[str, list[CurveStudy]] = {}
     logs = {study.first.dataset for study in studies if study.first.metric_name == "negative_log_likelihood"}
     for study in studies:
         if study.rows and not (study.first.metric_name == "perplexity" and study.first.dataset in logs):
             groups.setdefault(study.title, []).append(study)
-    pictures = {}
-    for title, group in groups.items():
-        slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-        pictures[f"quality-loops-{slug}"] = quality_by_loops(group)
-        if all(row.flops_mean is not None for study in group for row in study.rows):
-            pictures[f"quality-compute-{slug}"] = quality_by_compute(group)
-        if any(study.depth_metrics["dei"] for study in group):
-            pictures[f"efficiency-{slug}"] = efficiency_by_depth(group)
-    if any(row.hidden_norms is not None for study in studies for row in study.rows):
-        pictures["state"] = state_by_loop(studies)
-    if any(row.latency_ms_mean is not None for study in studies for row in study.rows):
-        pictures["latency"] = latency_by_loops(studies)
-    return pictures
+    return groups
 
 
-def sections(studies: Sequence[CurveStudy]) -> list[tuple[str, str, Table]]:
-    """Heading, sentence and table of each part of the report."""
-    parts = [("What was measured", "", _facts(studies)), ("Result", _conclusion(studies), _depth_table(studies))]
+def _slug(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report; ``pictures`` are names, shown where they were drawn."""
+
+    heading: str
+    text: str = ""
+    table: Table = field(default_factory=list)
+    pictures: tuple[str, ...] = ()
+
+
+def sections(studies: Sequence[CurveStudy]) -> list[Section]:
+    """The parts of the report."""
+    parts = [
+        Section("What was measured", "", _facts(studies)),
+        Section("Result", _conclusion(studies), _depth_table(studies)),
+        Section("What follows for a scheduler", "", scheduler_table(studies)),
+    ]
+    drawn: set[str] = set()
     for study in studies:
-        parts.append((f"{study.title}, seed {study.first.seed}", "", _row_table(study)))
+        slug = _slug(study.title)
+        names = () if slug in drawn else (f"quality-loops-{slug}", f"quality-compute-{slug}", f"efficiency-{slug}")
+        drawn.add(slug)
+        parts.append(Section(f"{study.title}, seed {study.first.seed}", "", _row_table(study), names))
     if any(study.adaptive for study in studies):
         text = "Each adaptive run beside the fixed curve at the same compute, interpolated between depths."
-        parts.append(("Adaptive depth at equal compute", text, _adaptive_table(studies)))
-    text = "Quality from its best depth to the deepest, and how much the norm of the state grows on the way."
-    parts.append(("Overthinking", text, _overthinking_table(studies)))
+        parts.append(Section("Adaptive depth at equal compute", text, _adaptive_table(studies)))
+    parts.append(Section("Time", "", [], ("latency",)))
+    parts.append(Section("Overthinking", _SIGNS, [], ("state", "overthinking")))
+    for study in leading_studies(studies):
+        title = f"Overthinking: {study.first.dataset}, seed {study.first.seed}"
+        parts.append(Section(title, " ".join(signs(study)), overthinking_table(study)))
+    for study in leading_studies(studies):
+        if table := continuation_table(study):
+            parts.append(Section(f"The same prompts at every depth: {study.first.dataset}", "", table))
     failed = [row for study in studies for row in study.failed]
-    table = [["data set", "loops", "reason"], *([row.dataset, str(row.loop_count), row.detail] for row in failed)]
-    parts.append(("Failures", "" if failed else "No run failed.", table if failed else []))
-    return parts
+    table = [["data set", "metric", "loops", "reason"]]
+    table += [[row.dataset, row.metric_name, str(row.loop_count), row.detail] for row in failed]
+    parts.append(Section("Failures", "" if failed else "No run failed.", table if failed else []))
+    return [replace(part, table=_without_empty_columns(part.table)) for part in parts]
+
+
+def _without_empty_columns(table: Table) -> Table:
+    """The table without the columns that hold dashes only."""
+    body = table[1:]
+    kept = [place for place in range(len(table[0]) if body else 0) if any(row[place] != "–" for row in body)]
+    return [[row[place] for place in kept] for row in table] if body else table
+
+
+_SIGNS = (
+    "Norms and changes are of the state of the core; the change ratio is the change in the last loop over that in the "
+    "loop before, and below 1 the state settles. The gain of a loop is the largest factor by which it stretches a "
+    "small difference of states. Entropies are in nats. Repeated is the share of four-token pieces of greedy texts "
+    "that occurred before in the same text."
+)
 
 
 def markdown(studies: Sequence[CurveStudy], pictures: Sequence[str]) -> str:
     """The report as Markdown, with links to ``plots/``."""
     lines = ["# Loop scaling", ""]
-    for heading, text, table in sections(studies):
-        lines += [f"## {heading}", "", *([text, ""] if text else [])]
-        if table:
-            head, *body = [[cell.replace("|", "\\|") for cell in row] for row in table]
+    for part in _shown(studies, pictures):
+        lines += [f"## {part.heading}", "", *([part.text, ""] if part.text else [])]
+        if part.table:
+            head, *body = [[cell.replace("|", "\\|") for cell in row] for row in part.table]
             lines += [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)] + [""]
-    lines += ["## Pictures", "", *(f"![{name.replace('-', ' ')}](plots/{name}.png)\n" for name in pictures)]
+        lines += [f"![{name.replace('-', ' ')}](plots/{name}.png)\n" for name in part.pictures]
     return "\n".join(lines)
 
 
-_STYLE = """body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:1rem 0;font-size:.9rem}td,th{border:1px solid #ccc;padding:.25rem .6rem}
+def _shown(studies: Sequence[CurveStudy], pictures: Sequence[str]) -> list[Section]:
+    """The sections, each with those of its pictures that exist."""
+    parts = [replace(part, pictures=tuple(n for n in part.pictures if n in pictures)) for part in sections(studies)]
+    return [part for part in parts if part.text or part.table or part.pictures]
+
+
+_STYLE = """body{font:16px/1.5 sans-serif;max-width:66rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:1rem 0;font-size:.85rem;display:block;overflow-x:auto}
+td,th{border:1px solid #ccc;padding:.25rem .6rem;vertical-align:top}
 th{background:#f3f3f3;text-align:left}td{font-variant-numeric:tabular-nums}img{max-width:100%;margin:.5rem 0}"""
 
 
 def page(studies: Sequence[CurveStudy], pictures: dict[str, bytes]) -> str:
     """The report as one HTML page without references to other files."""
     body = ["<h1>Loop scaling</h1>"]
-    for heading, text, table in sections(studies):
-        body.append(f"<h2>{html.escape(heading)}</h2>")
-        if text:
-            body.append(f"<p>{html.escape(text)}</p>")
-        if table:
-            head, *rows = [[html.escape(cell) for cell in row] for row in table]
+    for part in _shown(studies, list(pictures)):
+        body.append(f"<h2>{html.escape(part.heading)}</h2>")
+        if part.text:
+            body.append(f"<p>{html.escape(part.text)}</p>")
+        if part.table:
+            head, *rows = [[html.escape(cell) for cell in row] for row in part.table]
             body.append(f"<table><tr><th>{'</th><th>'.join(head)}</th></tr>")
             body += [f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows] + ["</table>"]
-    body.append("<h2>Pictures</h2>")
-    for name, data in pictures.items():
-        source = base64.b64encode(data).decode()
-        body.append(f'<img alt="{html.escape(name.replace("-", " "))}" src="data:image/png;base64,{source}">')
+        for name in part.pictures:
+            source = base64.b64encode(pictures[name]).decode()
+            body.append(f'<img alt="{html.escape(name.replace("-", " "))}" src="data:image/png;base64,{source}">')
     top = f'<meta charset="utf-8"><title>Loop scaling</title><style>{_STYLE}</style>'
     return "\n".join(["<!doctype html>", f'<html lang="en"><head>{top}</head><body>', *body, "</body></html>", ""])
-
-
-def _number(value: float | None, digits: int = 4) -> str:
-    return "–" if value is None else f"{value:.{digits}g}"
 
 
 def _facts(studies: Sequence[CurveStudy]) -> Table:
@@ -148,12 +213,12 @@ def _conclusion(studies: Sequence[CurveStudy]) -> str:
     defaults = [study.recommended_default for study in studies if study.recommended_default is not None]
     if not caps:
         return "No depth metric is defined on these rows."
-    cap = f"A scheduler for these tasks should not go beyond {min(caps)} loops"
+    cap = f"A scheduler for these tasks should not go beyond {loops(min(caps))}"
     cap += f" (by task {min(caps)} to {max(caps)})" if min(caps) < max(caps) else ""
     if not defaults:
-        return f"{cap}. No step in depth improves a task."
-    spread = f"{min(defaults)}" if min(defaults) == max(defaults) else f"{min(defaults)} to {max(defaults)}"
-    return f"{cap}. The step that pays most leads to {spread} loops."
+        return f"{cap}. No saturation point is defined."
+    low, high = min(defaults), max(defaults)
+    return f"{cap}. The saturation point is {loops(high) if low == high else f'{low} to {high} loops'}."
 
 
 def _depth_table(studies: Sequence[CurveStudy]) -> Table:
@@ -172,10 +237,10 @@ def _depth_table(studies: Sequence[CurveStudy]) -> Table:
                 *(study.first.dataset, study.first.metric_name, str(study.first.seed)),
                 _with_interval(lsp, "loop_saturation_point"),
                 str(lsp.get("loop_saturation_point_definition", "–")),
-                ", ".join(f"{name} {_number(depth)}" for name, depth in others.items()) or "–",
+                ", ".join(f"{name} {number(depth)}" for name, depth in others.items()) or "–",
                 _with_interval(ot, "overthinking_threshold"),
-                _number(ot.get("first_harmful_depth")),
-                _number(study.best_depth),
+                number(ot.get("first_harmful_depth")),
+                number(study.best_depth),
                 _with_interval(dgr, "depth_gain_ratio"),
             ]
         )
@@ -187,24 +252,35 @@ def _with_interval(result: dict[str, Any], name: str) -> str:
     if value is None:
         return str(result.get(f"{name}_undefined") or "–").replace("_", " ")
     interval = result.get(f"{name}_confidence_interval")
-    return _number(value) + (f" [{_number(interval[0])}, {_number(interval[1])}]" if interval else "")
+    return number(value) + (f" [{number(interval[0])}, {number(interval[1])}]" if interval else "")
 
 
 def _row_table(study: CurveStudy) -> Table:
-    unit = study.first.compute_unit.replace("_", " ").replace("flops", "FLOPs")
-    head = ["loops", study.first.metric_name, "standard error", unit, "gain per compute of the step to here"]
-    table = [[*head, "latency ms, mean", "p50", "p90", "p99", "memory MiB", "not finite", "trained depth"]]
+    scale, unit = compute_unit([*study.rows, *study.failed])
+    head = [
+        "loops",
+        study.first.metric_name.replace("_", " "),
+        "standard error",
+        unit,
+        "gain per compute of the step to here",
+    ]
+    table = [[*head, "latency ms, mean", "p50", "p90", "p99", "memory MiB", "not finite", "depth"]]
     dei = study.depth_metrics["dei"] or {}
     depths = dei.get("depth_efficiency_index_depths", [])
-    steps = {pair[1]: value for pair, value in zip(depths, dei.get("depth_efficiency_index", []), strict=True)}
+    values = dei.get("depth_efficiency_index", [])
+    steps = {pair[1]: None if value is None else value * scale for pair, value in zip(depths, values, strict=True)}
     for row in study.rows:
         memory = None if row.peak_memory_bytes is None else row.peak_memory_bytes / 2**20
         table.append(
             [
-                *(str(row.loop_count), _number(row.metric_value), _number(row.standard_error, 2)),
-                *(_number(row.flops_mean), _number(steps.get(row.loop_count), 3), _number(row.latency_ms_mean, 3)),
-                *(_number(value, 3) for value in (row.latency_ms_p50, row.latency_ms_p90, row.latency_ms_p99)),
-                *(_number(memory), _number(row.non_finite_count), "beyond" if row.extrapolated else "within"),
+                *(str(row.loop_count), number(row.metric_value), number(row.standard_error, 2)),
+                *(
+                    number(row.flops_mean and row.flops_mean / scale),
+                    number(steps.get(row.loop_count), 3),
+                    number(row.latency_ms_mean, 3),
+                ),
+                *(number(value, 3) for value in (row.latency_ms_p50, row.latency_ms_p90, row.latency_ms_p99)),
+                *(number(memory), number(row.non_finite_count), depth_label(row, study)),
             ]
         )
     return table
@@ -218,44 +294,25 @@ def _adaptive_table(studies: Sequence[CurveStudy]) -> Table:
             table.append(
                 [
                     *(study.first.dataset, study.first.metric_name, point.row.loop_mode),
-                    _number(diagnostics.average_loops_used if diagnostics else None, 3),
-                    *(_number(value) for value in (point.row.metric_value, point.fixed_value, point.advantage)),
+                    number(diagnostics.average_loops_used if diagnostics else None, 3),
+                    *(number(value) for value in (point.row.metric_value, point.fixed_value, point.advantage)),
                 ]
             )
     return table
 
 
-def _overthinking_table(studies: Sequence[CurveStudy]) -> Table:
-    head = ["data set", "metric", "threshold", "best to deepest", "norm", "relative change in the last loop"]
-    table = [head]
-    for study in studies:
-        if not study.rows or study.best_depth is None:
-            continue
-        deepest = study.rows[-1]
-        best = next(row for row in study.rows if row.loop_count == study.best_depth)
-        norms, deltas = deepest.hidden_norms or (), deepest.hidden_deltas or ()
-        start = norms[study.best_depth] if len(norms) > study.best_depth else None
-        end = norms[-1] if norms else None
-        growth = end / start if start and end is not None else None
-        table.append(
-            [
-                *(study.first.dataset, study.first.metric_name),
-                _with_interval(study.depth_metrics["ot"] or {}, "overthinking_threshold"),
-                f"{_number(best.metric_value)} to {_number(deepest.metric_value)}",
-                "–" if growth is None else f"x {growth:.3g}",
-                _number(deltas[-1] if deltas else None, 3),
-            ]
-        )
-    return table
-
-
 def _plot_data(study: CurveStudy) -> dict[str, Any]:
-    names = ("loop_count", "metric_value", "standard_error", "flops_mean", "latency_ms_mean", "latency_ms_p90")
+    names = (
+        *("loop_count", "metric_value", "standard_error", "flops_mean", "latency_ms_mean", "latency_ms_p90"),
+        *("prediction_entropy", "loop_gain", "repetition_rate", "extrapolated"),
+    )
     return {
         "title": study.title,
         "seed": study.first.seed,
         **{name: [getattr(row, name) for row in study.rows] for name in names},
         "hidden_norms": [row.hidden_norms for row in study.rows],
         "hidden_deltas": [row.hidden_deltas for row in study.rows],
+        "change_ratio": [change_ratio(row) for row in study.rows],
+        "attention_entropies": [row.attention_entropies for row in study.rows],
         **study.depth_metrics,
     }

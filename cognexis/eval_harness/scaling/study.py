@@ -22,8 +22,12 @@ from cognexis.eval_harness.metrics.depth_results import (
 from cognexis.eval_harness.result_tables import curves, depth_summary
 from cognexis.eval_harness.results import ResultRow
 
+# A difference below this part of the range of a curve neither helps nor harms.
+NEGLIGIBLE = 1e-3
 # Identity of a row, then the score of each of its examples, in the same order at every depth.
 Samples = dict[tuple[Any, ...], list[float]]
+# Identity of a row, then pairs of a prompt and what the model made of it, with the same prompts at every depth.
+Continuations = dict[tuple[Any, ...], list[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class CurveStudy:
     depth_metrics: dict[str, Any]
     best_depth: int | None
     adaptive: list[AdaptivePoint] = field(default_factory=list)
+    continuations: dict[int, list[tuple[str, str]]] = field(default_factory=dict)
+    """By depth; empty where nothing was generated."""
 
     @property
     def first(self) -> ResultRow:
@@ -61,25 +67,50 @@ class CurveStudy:
         return (self.depth_metrics["lsp"] or {}).get("loop_saturation_point")
 
     @property
-    def recommended_cap(self) -> int | None:
-        """Depth beyond which a scheduler should not go: before harm, otherwise the best measured."""
+    def harmful_beyond(self) -> int | None:
+        """The overthinking threshold where what follows is worse by more than a negligible part of the curve."""
         threshold: int | None = (self.depth_metrics["ot"] or {}).get("overthinking_threshold")
-        return self.best_depth if threshold is None else threshold
+        if threshold is None:
+            return None
+        losses = self._losses()
+        worst = max(loss for depth, loss in losses.items() if depth > threshold)
+        return threshold if worst - losses[threshold] > self._negligible() else None
+
+    @property
+    def recommended_cap(self) -> int | None:
+        """Depth beyond which a scheduler should not go: before harm, else the first that is as good as the best."""
+        if self.harmful_beyond is not None or self.best_depth is None:
+            return self.harmful_beyond
+        losses = self._losses()
+        return min(depth for depth, loss in losses.items() if loss - losses[self.best_depth] <= self._negligible())
+
+    def _losses(self) -> dict[int, float]:
+        """The metric by depth, turned so that lower is better; seeds and examples are already means."""
+        sign = -1 if self.first.metric_direction == "higher_is_better" else 1
+        return {row.loop_count: sign * row.metric_value for row in self.rows if row.metric_value is not None}
+
+    def _negligible(self) -> float:
+        values = self._losses().values()
+        return NEGLIGIBLE * (max(values) - min(values))
 
 
 def study_curves(
-    rows: Iterable[ResultRow], options: DepthOptions | None = None, samples: Samples | None = None
+    rows: Iterable[ResultRow],
+    options: DepthOptions | None = None,
+    samples: Samples | None = None,
+    continuations: Continuations | None = None,
 ) -> list[CurveStudy]:
     """A study of every fixed curve, in the order of the rows.
 
     Args:
         options: of the depth metrics; the direction and unit come from the rows. Intervals need ``samples``.
         samples: scores of single examples.
+        continuations: texts by row.
 
     Raises:
         InvalidConfigError: there is no row at a fixed depth.
     """
-    given = options or DepthOptions()
+    given, texts = options or DepthOptions(), continuations or {}
     everything = list(rows)
     fixed = curves(row for row in everything if row.loop_mode == "fixed")
     if not fixed:
@@ -96,6 +127,7 @@ def study_curves(
                 depth_metrics=_depth_metrics(good, given, samples),
                 best_depth=None if best is None else best.loop_count,
                 adaptive=[_beside(row, good, sign) for row in everything if _belongs(row, curve[0])],
+                continuations={row.loop_count: texts[row.identity] for row in good if row.identity in texts},
             )
         )
     return studies

@@ -7,16 +7,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cognexis import CognexisConfig, CognexisForCausalLM
+from cognexis import CognexisConfig, CognexisForCausalLM, CognexisTokenizer
 from cognexis.artifacts.tokenizer_training import train_tokenizer
 from cognexis.cli import app
 from cognexis.errors import CheckpointError, InvalidConfigError, NonFiniteError
 from cognexis.eval_harness.compute import matmul_flops
 from cognexis.eval_harness.result_files import read_rows
-from cognexis.eval_harness.scaling import loop_scaling
+from cognexis.eval_harness.scaling import depth_rows, loop_scaling, measure, probes
 from cognexis.eval_harness.scaling.loop_scaling import LoopScalingOrder, run_loop_scaling
 from cognexis.eval_harness.scaling.measure import measure_depth
+from cognexis.eval_harness.scaling.study_files import read_samples
 from cognexis.eval_harness.scaling.text_rows import read_text_rows
+from cognexis.tasks.windowed_parity import WindowedParity
 
 TEXT = "The shared block runs as often as it is asked to, and each loop sees what the loop before it left. " * 30
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -37,6 +39,12 @@ def place(tmp_path_factory):
     content = {"schema_version": 1, "run": {"name": "x"}, "evaluation": {"datasets": [dataset], "batch_size": 4}}
     (folder / "eval.json").write_text(json.dumps(content))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def short_probes(monkeypatch):
+    monkeypatch.setattr(depth_rows, "_NEW_TOKENS", 3)
+    monkeypatch.setattr(probes, "_ROUNDS", 1)
 
 
 @pytest.fixture
@@ -81,8 +89,6 @@ def test_values_are_those_of_the_model(place, tmp_path, no_pictures):
     run_loop_scaling(order(place, tmp_path), print)
     rows = {(row.metric_name, row.loop_count): row for row in read_rows(tmp_path / "rows.jsonl")}
     model = CognexisForCausalLM.from_pretrained(place / "model").eval()
-    from cognexis import CognexisTokenizer
-
     tokenizer = CognexisTokenizer.from_pretrained(place / "model")
     text = read_text_rows(place / "text.txt", tokenizer, 16, model.config.vocab_size)
     text = text[torch.arange(12) * len(text) // 12]
@@ -104,6 +110,7 @@ def test_only_the_depth_differs_between_rows(place, tmp_path, no_pictures):
     one, two = (row for row in read_rows(tmp_path / "rows.jsonl") if row.metric_name == "accuracy")
     changed = {key for key, value in measured(one).items() if measured(two)[key] != value}
     results = {"metric_value", "standard_error", "hidden_norms", "hidden_deltas"}
+    results |= {"prediction_entropy", "attention_entropies", "loop_gain", "repetition_rate"}
     assert "loop_count" in changed
     assert changed <= {"loop_count", "flops_mean", "stage_flops", "elementwise_flops_mean", *results}
 
@@ -125,7 +132,7 @@ def test_study_goes_on_where_it_was_killed(place, tmp_path, no_pictures, monkeyp
             raise KeyboardInterrupt
         return measure_depth(model, rows, num_loops, **options)
 
-    monkeypatch.setattr(loop_scaling, "measure_depth", counted)
+    monkeypatch.setattr(depth_rows, "measure_depth", counted)
     with pytest.raises(KeyboardInterrupt):
         run_loop_scaling(order(place, tmp_path), print)
     for name in ("rows.jsonl", "samples.jsonl"):
@@ -135,20 +142,134 @@ def test_study_goes_on_where_it_was_killed(place, tmp_path, no_pictures, monkeyp
     assert depths == [1, 2, 2, 4]
     rows = read_rows(tmp_path / "rows.jsonl")
     assert [row.loop_count for row in rows] == [1, 1, 1, 2, 2, 2, 4, 4, 4]
-    assert len(loop_scaling.read_samples(tmp_path / "samples.jsonl", rows)) == 6
+    assert len(read_samples(tmp_path / "samples.jsonl", rows)) == 6
 
 
-def test_failed_depth_is_a_row_and_the_study_goes_on(place, tmp_path, no_pictures, monkeypatch):
-    def broken(model, rows, num_loops, **options):
-        if num_loops == 2:
-            raise NonFiniteError("a state is not finite")
-        return measure_depth(model, rows, num_loops, **options)
+def loaded(place):
+    return CognexisForCausalLM.from_pretrained(place / "model").eval()
 
-    monkeypatch.setattr(loop_scaling, "measure_depth", broken)
-    run_loop_scaling(order(place, tmp_path), print)
-    rows = [row for row in read_rows(tmp_path / "rows.jsonl") if row.metric_name == "accuracy"]
-    assert [(row.loop_count, row.status) for row in rows] == [(1, "completed"), (2, "failed"), (4, "completed")]
-    assert rows[1].detail == "NonFiniteError: a state is not finite"
+
+def given_model(monkeypatch, model):
+    """Let the study load ``model`` itself."""
+    monkeypatch.setattr(loop_scaling.CognexisForCausalLM, "from_pretrained", lambda folder: model)
+
+
+def statuses(folder):
+    rows = [row for row in read_rows(folder / "rows.jsonl") if row.metric_name == "accuracy"]
+    return [(row.loop_count, row.status) for row in rows], [row.detail for row in rows]
+
+
+class LoopOfFailure:
+    """Does something in a loop of the core, counted from 1 in every pass."""
+
+    def __init__(self, model, loop, action):
+        self.executed = 0
+        model.model.recurrent.register_forward_pre_hook(self.begin)
+        model.model.recurrent.loop_state.register_forward_hook(self.see)
+        self.loop, self.action = loop, action
+
+    def begin(self, *_):
+        self.executed = 0
+
+    def see(self, module, inputs, state):
+        self.executed += 1
+        return self.action(state) if self.executed == self.loop else None
+
+
+def test_depth_whose_state_becomes_nan_is_a_failed_row(place, tmp_path, monkeypatch):
+    model = loaded(place)
+    LoopOfFailure(model, 3, lambda state: state * math.nan)
+    given_model(monkeypatch, model)
+    run_loop_scaling(order(place, tmp_path, depths=(1, 2, 4)), print)
+    found, details = statuses(tmp_path)
+    assert found == [(1, "completed"), (2, "completed"), (4, "failed")]
+    assert details[2] == "NonFiniteError: 64 of 64 losses are not finite"
+    text = (tmp_path / "report.md").read_text("utf-8")
+    assert "| prose | accuracy | 4 | NonFiniteError: 64 of 64 losses are not finite |" in text
+
+
+def test_depth_without_an_end_is_a_failed_row_and_the_next_is_measured(place, tmp_path, no_pictures, monkeypatch):
+    model, clock = loaded(place), [0.0]
+
+    def tick(state):
+        clock[0] += 1000.0
+
+    LoopOfFailure(model, 2, tick)
+    given_model(monkeypatch, model)
+    monkeypatch.setattr(measure.time, "monotonic", lambda: clock[0])
+    run_loop_scaling(order(place, tmp_path, depths=(2, 1, 4)), print)
+    found, details = statuses(tmp_path)
+    assert found == [(2, "failed"), (1, "completed"), (4, "failed")]
+    assert details[0] == "TimeoutError: no end after 600 seconds, at 0 of 12 rows"
+    assert not model._forward_hooks
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError("no memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    ],
+    ids=["device", "python", "allocator"],
+)
+def test_depth_without_memory_is_a_failed_row(place, tmp_path, no_pictures, monkeypatch, error):
+    def refuse(state):
+        raise error
+
+    model = loaded(place)
+    LoopOfFailure(model, 2, refuse)
+    given_model(monkeypatch, model)
+    run_loop_scaling(order(place, tmp_path, depths=(1, 2)), print)
+    found, details = statuses(tmp_path)
+    assert found == [(1, "completed"), (2, "failed")]
+    assert details[1] == f"{type(error).__name__}: {error}"
+
+
+def test_error_of_the_program_is_no_result(place, tmp_path, no_pictures, monkeypatch):
+    def stumble(state):
+        raise RuntimeError("shapes do not fit")
+
+    model = loaded(place)
+    LoopOfFailure(model, 1, stumble)
+    given_model(monkeypatch, model)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        run_loop_scaling(order(place, tmp_path, depths=(1,)), print)
+
+
+def test_every_depth_continues_the_same_prompts(place, tmp_path, no_pictures):
+    run_loop_scaling(order(place, tmp_path, depths=(1, 4)), print)
+    lines = [json.loads(line) for line in (tmp_path / "continuations.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and lines[0]["prompts"] == lines[1]["prompts"] and len(lines[0]["prompts"]) == 4
+    model, tokenizer = loaded(place), CognexisTokenizer.from_pretrained(place / "model")
+    rows = read_text_rows(place / "text.txt", tokenizer, 16, model.config.vocab_size)
+    first = rows[torch.arange(12) * len(rows) // 12][:1, :16]
+    ids = model.generate(first, attention_mask=torch.ones_like(first), num_loops=4, max_new_tokens=3, do_sample=False)
+    assert lines[1]["texts"][0] == tokenizer.decode(ids[0, 16:], skip_special_tokens=False).removesuffix("<eos>")
+
+
+def test_checkpoint_of_a_task_needs_no_tokenizer(tmp_path, no_pictures):
+    torch.manual_seed(0)
+    config = CognexisConfig(vocab_size=4, max_position_embeddings=64, bos_token_id=2, pad_token_id=3, **SHAPE)
+    model = CognexisForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    dataset = {"name": "parity", "type": "synthetic", "task": "windowed_parity", "options": {"num_bits": 9}}
+    content = {"schema_version": 1, "run": {"name": "x", "seed": 5}, "evaluation": {"datasets": [dataset]}}
+    (tmp_path / "eval.json").write_text(json.dumps(content))
+    run_loop_scaling(order(tmp_path, tmp_path / "out", depths=(2,)), print)
+    rows = {row.metric_name: row for row in read_rows(tmp_path / "out" / "rows.jsonl")}
+    task = WindowedParity(12, num_bits=9, seed=2**32 + 5)
+    with torch.no_grad():
+        logits = model(input_ids=task.ids, num_loops=2).logits
+    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), task.labels.flatten())
+    row = rows["negative_log_likelihood"]
+    assert row.metric_value == pytest.approx(nats.item(), rel=1e-5)
+    right = (logits.argmax(-1) == task.labels)[:, 1:].double().mean().item()
+    assert rows["accuracy"].metric_value == pytest.approx(right)
+    probabilities = logits.softmax(-1)[:, 1:]
+    assert row.prediction_entropy == pytest.approx(torch.special.entr(probabilities).sum(-1).mean().item(), rel=1e-5)
+    assert (row.repetition_rate, row.trained_max_loops, row.task_version) == (None, 2, "windowed_parity of 9 bits, 1")
+    assert not (tmp_path / "out" / "continuations.jsonl").exists()
 
 
 def test_too_little_memory_halves_the_batch(place, tmp_path, no_pictures, monkeypatch):
@@ -157,7 +278,7 @@ def test_too_little_memory_halves_the_batch(place, tmp_path, no_pictures, monkey
             raise torch.OutOfMemoryError("too large")
         return measure_depth(model, rows, num_loops, batch_size=batch_size, **options)
 
-    monkeypatch.setattr(loop_scaling, "measure_depth", hungry)
+    monkeypatch.setattr(depth_rows, "measure_depth", hungry)
     run_loop_scaling(order(place, tmp_path, depths=(1, 2, 4, 8)), print)
     rows = [row for row in read_rows(tmp_path / "rows.jsonl") if row.metric_name == "accuracy"]
     assert [(row.batch_size, row.status) for row in rows] == [
@@ -179,15 +300,16 @@ def test_weights_that_are_not_finite_are_noticed(place):
 
 def test_time_is_bounded(place):
     model = CognexisForCausalLM.from_pretrained(place / "model").eval()
-    with pytest.raises(TimeoutError, match="at 2 of 6 rows"):
-        measure_depth(model, torch.randint(3, 90, (6, 9)), 1, batch_size=2, timeout_s=0)
+    with pytest.raises(TimeoutError, match="no end after -1 seconds, at 0 of 6 rows"):
+        measure_depth(model, torch.randint(3, 90, (6, 9)), 1, batch_size=2, timeout_s=-1)
+    assert not model.model.recurrent.loop_state._forward_hooks
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"checkpoint": "nowhere"}, CheckpointError, "nowhere: no such folder"),
-        ({"overrides": ("evaluation.datasets=[]",)}, InvalidConfigError, "none has type language_modeling"),
+        ({"overrides": ("evaluation.datasets=[]",)}, InvalidConfigError, "none has a type that loop scaling measures"),
         ({"row_length": 100_000}, InvalidConfigError, "a row needs 100001"),
     ],
 )
@@ -209,8 +331,6 @@ def test_wrong_orders_measure_nothing(place, tmp_path, changes, error, message):
     ],
 )
 def test_damaged_line_of_text_is_fatal(place, tmp_path, line, message):
-    from cognexis import CognexisTokenizer
-
     tokenizer = CognexisTokenizer.from_pretrained(place / "model")
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "one"}\n' + line + b"\n")
     with pytest.raises(InvalidConfigError, match=message):

@@ -135,7 +135,7 @@ def test_page_is_self_contained_and_escapes(tmp_path):
 def test_report_says_what_failed_and_what_lies_beyond_training():
     rows, _ = rows_and_samples(seeds=(0,))
     text = markdown(study_curves(rows, DepthOptions(tolerance=0.01)), [])
-    assert "| multiple choice | 32 | loss is not finite |" in text
+    assert "| multiple choice | accuracy | 32 | loss is not finite |" in text
     assert "| beyond the depth of training | 12, 16, 32 |" in text
     assert "should not go beyond 8 loops" in text
 
