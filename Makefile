@@ -4,6 +4,9 @@
 PYTHON ?= python3
 WORKERS ?= 2
 
+# Byte code is kept, whatever the environment says: without it each process compiles torch and transformers anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV := .venv
 FLOOR := .venv-floor
 PINS := constraints.txt
@@ -51,8 +54,9 @@ test-slow: $(VENV)/installed-dev sandbox
 
 # What uses transformers, on the oldest one that pyproject.toml allows.
 test-floor: $(FLOOR)/installed-dev
-	$(FLOOR)/bin/python -m pytest -n $(WORKERS) tests/decoder tests/looping tests/hub tests/checkpoints \
-		tests/integration tests/training tests/test_*.py
+	$(FLOOR)/bin/python -m pytest -n $(WORKERS) tests/checkpoints tests/hub tests/integration \
+		tests/decoder/test_*cache*.py tests/decoder/test_*generation*.py tests/training/checkpointing \
+		tests/training/test_*.py tests/test_*.py
 
 clean:
 	rm -rf $(VENV) $(FLOOR) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

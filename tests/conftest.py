@@ -11,6 +11,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
+# The tests keep the cores busy by running side by side, not by many threads each; nor do the processes they start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 # One folder per process: transformers copies a bundle's files into HF_HOME/modules, and two workers that do
 # so at the same time would read each other's half-written files.
 _HF_HOME = tempfile.mkdtemp(prefix="cognexis-tests-")
@@ -33,10 +37,6 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-
-# The tests keep the cores busy by running side by side, not by many threads each.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("cognexis", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("cognexis")
