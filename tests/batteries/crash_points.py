@@ -18,7 +18,7 @@ def crash_before_event(event: int, action: Callable[[], None]) -> bool:
     child = os.fork()
     if child == 0:
         try:
-            _count_and_crash(event)
+            count_and_crash(event)
             action()
             os._exit(0)
         except BaseException as error:
@@ -30,7 +30,8 @@ def crash_before_event(event: int, action: Callable[[], None]) -> bool:
     return code == 0
 
 
-def _count_and_crash(event: int) -> None:
+def count_and_crash(event: int) -> None:
+    """From here on, end this process right before its ``event``-th event, counted from 0."""
     seen = 0
 
     def count() -> None:

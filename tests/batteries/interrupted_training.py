@@ -64,7 +64,14 @@ def small_trainer(folder: Path, **changes: Any) -> CognexisTrainer:
     settings |= {"save_steps": 3, "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 7}
     args = TrainingArguments(str(folder), **settings | changes)
     rows = Rows()
-    loader = TrainingLoader(rows, RowOrder(len(rows), seed=7), stacked, batch_size=args.per_device_train_batch_size)
+    loader = TrainingLoader(
+        rows,
+        RowOrder(len(rows), seed=7),
+        stacked,
+        batch_size=args.per_device_train_batch_size,
+        rank=args.process_index,
+        world_size=args.world_size,
+    )
     rule = CurriculumSettings(target_max_loops=4, initial_max_loops=1, warmup_steps=2, ramp_steps=8)
     options = own.pop("options", TrainerOptions(loop_grad_normalization="by_loops"))
     own.setdefault("retention", Retention(keep_last=3))
