@@ -460,6 +460,7 @@ print(json.dumps(seen))
 """
 
 
+@pytest.mark.slow
 def test_folder_loads_without_the_package(tmp_path):
     tokenizer = small_tokenizer()
     tokenizer.save_pretrained(tmp_path / "tokenizer")

@@ -89,6 +89,7 @@ def test_root_names_are_listed_and_unknown_ones_refused():
         _ = cortex.CortexStak
 
 
+@pytest.mark.slow
 def test_configurations_load_without_cells_and_cells_without_transformers():
     code = f"""
 import sys

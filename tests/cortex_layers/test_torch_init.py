@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from cognexis.cortex_layers.torch_init import seed_everything, set_tf32_precision
@@ -30,6 +31,7 @@ def test_tf32_is_left_alone_without_cuda(monkeypatch):
     assert torch.backends.cuda.matmul.allow_tf32 is before
 
 
+@pytest.mark.slow
 def test_determinism_switches_everything():
     code = """
 import os, torch

@@ -951,6 +951,7 @@ def loaded(tmp_path_factory):
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [0, 1], ids=["folder", "hub cache"])
 def test_toy_checkpoint_loads_where_the_package_cannot_be_imported(loaded, place):
     seen = loaded["toy"]["places"][place]
@@ -959,6 +960,7 @@ def test_toy_checkpoint_loads_where_the_package_cannot_be_imported(loaded, place
     assert seen["difference"] < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [0, 1], ids=["folder", "hub cache"])
 def test_checkpoint_loads_where_the_package_cannot_be_imported(loaded, place):
     seen = loaded["cognexis"]["places"][place]
@@ -967,6 +969,7 @@ def test_checkpoint_loads_where_the_package_cannot_be_imported(loaded, place):
     assert seen["difference"] == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [0, 1], ids=["folder", "hub cache"])
 def test_model_of_remote_code_saves_all_of_its_code_again(loaded, place):
     assert loaded["cognexis"]["places"][place]["saved"] == sorted(bundle_files())
@@ -976,6 +979,7 @@ def test_model_of_remote_code_saves_all_of_its_code_again(loaded, place):
     ]
 
 
+@pytest.mark.slow
 def test_loader_asks_only_for_what_is_needed(loaded):
     assert set(loaded["toy"]["imports"]) == {"torch", "transformers", "typing"}
     asked = set(loaded["cognexis"]["imports"]) - sys.stdlib_module_names

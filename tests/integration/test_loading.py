@@ -487,6 +487,7 @@ def test_second_saves_and_uploads_load_bit_equal_in_a_new_process(loaded_again):
     assert {name: keys for name, keys in loaded_again.items() if keys} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repo", ["me/pushed", "me/pushed_again"])
 def test_upload_holds_the_code_and_the_whole_auto_map(loaded_again, hub, work, repo):
     files = hub.files[repo]

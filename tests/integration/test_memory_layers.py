@@ -66,6 +66,7 @@ def test_a_folder_with_memory_layers_loads_where_the_package_is_not_installed(tm
     assert "tensordict" in message and "pip install" in message
 
 
+@pytest.mark.slow
 def test_only_folders_with_memory_layers_carry_their_code(tmp_path) -> None:
     for name, settings in (("plain", {}), ("memory", overrides("lstm", "coda"))):
         tiny_model(tiny_config(**settings)).save_pretrained(tmp_path / name)

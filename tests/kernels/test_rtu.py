@@ -84,6 +84,7 @@ def test_cut_sequence_with_traces_has_the_gradient_of_the_whole_one(form, is_ful
         torch.testing.assert_close(gradient(cuts), whole, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_gradient_of_the_scan_can_be_differentiated_again():
     weights = parameters(False)
     state, _ = start(False, True)

@@ -158,6 +158,7 @@ def test_tokenizer_and_data_that_do_not_belong_to_the_model_are_refused(config, 
         changed(config, "training.activation_checkpointing.prelude=every_2_loops")
 
 
+@pytest.mark.slow
 def test_signal_ends_the_command_with_its_code_and_the_same_command_goes_on(config, tmp_path, monkeypatch, capsys):
     (tmp_path / "config.yaml").write_text(config)
     command = ["cognexis", "train", "--config", str(tmp_path / "config.yaml"), "--cpu", "--quiet", "--json"]

@@ -140,6 +140,7 @@ def test_loss_is_the_mean_over_all_predicted_tokens(tokenizer, small):
     assert mean_loss(model, rows, 3) == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_run_ends_with_a_checked_table_and_all_files(small):
     small.output_dir.mkdir()
     (small.output_dir / "quickstart.json").write_text("{}")  # an earlier run's folder may be used again

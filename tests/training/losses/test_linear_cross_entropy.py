@@ -42,6 +42,7 @@ def test_value_and_gradients_are_those_of_the_plain_loss(chunk_size, bias):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_gradients_match_finite_differences():
     hidden, head, labels = problem()
     assert torch.autograd.gradcheck(

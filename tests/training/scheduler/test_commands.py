@@ -96,6 +96,7 @@ def test_collected_traces_name_checkpoint_data_and_seed(folder, tmp_path):
     assert all(line["score"] == 1.0 for line in last)  # the labels are the answers at full depth
 
 
+@pytest.mark.slow
 def test_calibration_and_report_follow_from_the_fit(fitted, folder, tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.setattr("cognexis.training.scheduler.runs.NUM_THRESHOLDS", 3)
