@@ -182,7 +182,7 @@ def _load(dataset: Any, index: int, order: EvaluationOrder, config: Any, model: 
 
 
 def _check_metrics(names: Sequence[str], tasks: Sequence[Task]) -> None:
-    known = {*MetricName, *(name for task in tasks for name in task.metrics)}
+    known = {*map(str, MetricName), *(name for task in tasks for name in task.metrics)}
     for name in names:
         if name not in known:
             reason = f"is no metric of these data sets{nearest_name(name, sorted(known))}"

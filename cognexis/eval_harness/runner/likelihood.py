@@ -2,8 +2,8 @@
 
 Sequences of a batch are padded at the right. Operations are counted without padding. In an adaptive mode the core of a
 sequence of T tokens costs its tokens' loops times the operations of a token that sees T keys, and as much more as the
-model really computed more token positions than the loops of its tokens (on devices where stopped tokens are not left
-out); every time that predictions are looked at between the loops, coda and head are counted once more.
+model really computed more positions than the loops of its tokens, where stopped tokens are not left out. Every time
+that predictions are looked at between the loops, coda and head are counted once more.
 """
 
 import time
@@ -114,11 +114,12 @@ def _count(found: Execution, config: Any, batch: list[ScoredIds], output: Any, m
     found.halts.update(str(reason_name(code)) for code in codes[is_real].tolist())
     updates = (counts * mask).sum(1).tolist()
     diagnostics = output.loop_diagnostics
-    computed = (diagnostics.computed_tokens or sum(updates)) / max(1, sum(updates))
+    real_share = sum(lengths) / mask.numel()  # what is computed at padding does not count in fixed runs either
+    computed = max(1.0, (diagnostics.computed_tokens or 0) * real_share / max(1, sum(updates)))
     for length, loops in zip(lengths, updates, strict=True):
         one = matmul_flops(config, length, 1)
         per_token = core_flops_per_token(config, length)
-        core = one.recurrent + round(per_token * (max(computed, 1.0) * loops - length))
+        core = one.recurrent + round(per_token * (computed * loops - length))
         probes = 1 + diagnostics.num_probes
         found.flops += StageFlops(one.prelude, core, probes * one.coda, probes * one.head)
         light = elementwise_flops(config, length, 1)
