@@ -95,7 +95,7 @@ class RequestWatch(StoppingCriteria):
         for criterion in () if self.is_beam else self.others:
             is_known = isinstance(criterion, _Remembered)
             answer = criterion.answer if is_known else criterion(input_ids, scores, **kwargs)
-            done = done | answer.to(done.device)
+            done = done | torch.as_tensor(answer, device=done.device)
         session = self.session
         if not self.is_beam:
             done = done if session.finished is None else done | session.finished.to(done.device)
