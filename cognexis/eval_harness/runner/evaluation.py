@@ -176,6 +176,7 @@ def _load(dataset: Any, index: int, order: EvaluationOrder, config: Any, model: 
         "hardware": hardware(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": versions(),
+        "trained_max_loops": model.config.trained_max_loops,
         "nonstandard_features": list(model.config.nonstandard_features),
     }
     return Loaded(dataset.name, task, examples, shared)

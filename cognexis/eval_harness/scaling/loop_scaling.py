@@ -25,7 +25,7 @@ from cognexis.eval_harness.results import ResultRow
 from cognexis.eval_harness.scaling.depth_rows import DepthRows, planned_rows, rows_of_depth, shared_fields
 from cognexis.eval_harness.scaling.grid import default_grid
 from cognexis.eval_harness.scaling.report import write_report
-from cognexis.eval_harness.scaling.row_sources import MEASURED_TYPES, read_scaling_rows
+from cognexis.eval_harness.scaling.row_sources import MEASURED_TYPES, is_measured, read_scaling_rows
 from cognexis.eval_harness.scaling.study import study_curves
 from cognexis.eval_harness.scaling.study_files import (
     CONTINUATIONS,
@@ -79,7 +79,7 @@ def run_loop_scaling(order: LoopScalingOrder, report: Callable[[str], None]) -> 
     """
     config = resolve(load_run_config(order.config, "eval", list(order.overrides)))
     section: Any = config.evaluation
-    datasets = [dataset for dataset in section.datasets if dataset.type in MEASURED_TYPES]
+    datasets = [dataset for dataset in section.datasets if is_measured(dataset)]
     if not datasets:
         raise InvalidConfigError(
             f"evaluation.datasets: none has a type that loop scaling measures: {', '.join(MEASURED_TYPES)}"

@@ -46,6 +46,11 @@ class ScalingRows:
         return _spread(self.ids, count)
 
 
+def is_measured(dataset: Any) -> bool:
+    """Whether loop scaling has rows of a data set; what it leaves out is measured by ``cognexis eval``."""
+    return dataset.type == "language_modeling" or (dataset.type == "synthetic" and dataset.task == WindowedParity.name)
+
+
 def read_scaling_rows(
     dataset: Any, tokenizer: Any | None, model_config: Any, *, length: int, max_rows: int, seed: int
 ) -> ScalingRows:
@@ -68,7 +73,7 @@ def read_scaling_rows(
 
 
 def _parity_rows(dataset: Any, tokenizer: Any | None, model_config: Any, max_rows: int, seed: int) -> ScalingRows:
-    options = dict(dataset.options)
+    options = {name: value for name, value in dataset.options.items() if (name, value) != ("form", "ids")}
     num_bits = options.pop("num_bits", options.pop("difficulty", 24))
     count = min(max_rows, options.pop("num_examples", max_rows))
     if options:
