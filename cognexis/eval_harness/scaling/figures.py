@@ -61,9 +61,14 @@ def depth_axis(axes: Any, studies: Sequence[CurveStudy]) -> None:
 
 
 def round_ticks(limits: tuple[float, float]) -> list[float]:
-    """1, 2 and 5 times the powers of ten within ``limits``, for a logarithmic axis."""
-    every = [digit * 10.0**power for power in range(-15, 19) for digit in (1, 2, 5)]
-    return [tick for tick in every if limits[0] <= tick <= limits[1]]
+    """Round numbers within ``limits`` for a logarithmic axis: 1, 2, 5 times powers of ten, or more where few fit."""
+    ticks: list[float] = []
+    for digits in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+        every = [digit * 10.0**power for power in range(-15, 19) for digit in digits]
+        ticks = [tick for tick in every if limits[0] <= tick <= limits[1]]
+        if len(ticks) >= 3:
+            break
+    return ticks
 
 
 def shade_beyond_training(axes: Any, rows: Sequence[ResultRow]) -> None:

@@ -6,7 +6,8 @@ themselves. By depth the table shows
 
     norm            of the state after the last loop, over that after the first
     change          mean of |h_t - h_(t-1)| / |h_(t-1)| in the last loop t
-    change ratio    the change in the last loop over that in the loop before; below 1 the state settles
+    change ratio    the change in the last loop over that in the loop before; below 1 the state settles;
+                    left out where the change is below a thousandth
     gain of a loop  largest singular value of the last loop's Jacobian; below 1 every small difference shrinks
 
 The gain bounds what one loop can do to a difference, the change ratio is what happens along the model's own path, so
@@ -20,6 +21,7 @@ from cognexis.eval_harness.results import ResultRow
 from cognexis.eval_harness.scaling.study import CurveStudy
 
 Table = list[list[str]]
+SETTLED = 1e-3
 _CLEARLY = 0.05
 _PAYING = {
     "max_dei": "the step to this depth pays most for its compute",
@@ -100,7 +102,7 @@ def signs(study: CurveStudy) -> list[str]:
         found.append(f"From the first loop to the last of {deepest.loop_count} the norm changes by x {ratio:.3g}.")
     change = (deepest.hidden_deltas or (None,))[-1]
     if change is not None:
-        state = "has settled" if change < 1e-3 else "still moves"
+        state = "has settled" if change < SETTLED else "still moves"
         found.append(f"The state {state}: loop {deepest.loop_count} changes it by {100 * change:.2g} %.")
     return [f"{name}: {found[0]}", *found[1:]]
 
@@ -143,9 +145,9 @@ def _norm_ratio(row: ResultRow) -> float | None:
 
 
 def change_ratio(row: ResultRow) -> float | None:
-    """The change of the state in the last loop over that in the loop before."""
+    """The change of the state in the last loop over that in the loop before; None once the state has settled."""
     changes = row.hidden_deltas or ()
-    if len(changes) < 3 or not changes[-2] or changes[-1] is None:
+    if len(changes) < 3 or not changes[-2] or changes[-1] is None or changes[-1] < SETTLED:
         return None
     return changes[-1] / changes[-2]
 
@@ -178,17 +180,19 @@ def depth_label(row: ResultRow, study: CurveStudy) -> str:
 
 
 def continuation_table(study: CurveStudy) -> Table:
-    """The same prompts at every depth; line ends and runs of spaces are marked."""
+    """The same prompts at every depth, depths of one text together; line ends and runs of spaces are marked."""
     if not study.continuations:
         return []
     table = [["prompt", "loops", "greedy continuation"]]
+    beyond = {row.loop_count for row in study.rows if row.extrapolated}
     depths = sorted(study.continuations)
     for index, (prompt, _) in enumerate(study.continuations[depths[0]]):
-        beyond = {row.loop_count for row in study.rows if row.extrapolated}
+        by_text: dict[str, list[str]] = {}
         for depth in depths:
-            shown = _one_line(prompt) if depth == depths[0] else ""
             label = f"{depth} (beyond training)" if depth in beyond else str(depth)
-            table.append([shown, label, _one_line(study.continuations[depth][index][1])])
+            by_text.setdefault(study.continuations[depth][index][1], []).append(label)
+        for place, (text, labels) in enumerate(by_text.items()):
+            table.append(["" if place else _one_line(prompt), ", ".join(labels), _one_line(text)])
     return table
 
 

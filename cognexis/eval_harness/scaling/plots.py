@@ -1,16 +1,18 @@
 """Pictures of quality, compute and time over depth.
 
-Bars are 95 % intervals: 1.96 standard errors of a row, or bootstrap intervals of the depth efficiency. Hollow points,
-hatched bars and shades lie beyond the depth of training. Dashed lines mark the saturation point, dotted ones the
-overthinking threshold.
+Bars are 95 % intervals: of the difference to the shallowest depth where single examples are known, else of the row;
+and bootstrap intervals of the depth efficiency. Hollow points, hatched bars and shades lie beyond the depth of
+training. Dashed lines mark the saturation point, dotted ones the overthinking threshold.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 from cognexis.eval_harness.scaling.figures import by_depth, compute_unit, depth_axis, picture, round_ticks
+from cognexis.eval_harness.scaling.overthinking import loops
 from cognexis.eval_harness.scaling.study import CurveStudy
 
+_ABOVE: dict[str, Any] = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 8}
 _UNITS = {
     "negative_log_likelihood": "nats per token",
     "perplexity": "",
@@ -48,11 +50,12 @@ def quality_by_compute(studies: Sequence[CurveStudy]) -> bytes:
                 _curve(axes, study, costs, index, beyond="beyond training")
                 for row, cost in zip(study.rows, costs, strict=True) if index == 0 else ():
                     where = (cost, row.metric_value)
-                    axes.annotate(str(row.loop_count), where, xytext=(5, 6), textcoords="offset points", fontsize=8)
+                    axes.annotate(str(row.loop_count), where, **_ABOVE)
             for point in study.adaptive:
                 if point.row.flops_mean is not None and point.row.metric_value is not None:
                     axes.plot(point.row.flops_mean / scale, point.row.metric_value, **_star(index))
         axes.set_xscale("log")
+        axes.margins(x=0.08, y=0.12)
         axes.set_xticks(ticks := round_ticks(axes.get_xlim()), [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
 
@@ -140,8 +143,14 @@ def latency_by_loops(studies: Sequence[CurveStudy]) -> bytes:
 
 def _curve(axes: Any, study: CurveStudy, places: Sequence[float], index: int, *, beyond: str) -> None:
     values = [row.metric_value for row in study.rows]
-    errors = [1.96 * (row.standard_error or 0.0) for row in study.rows]
-    axes.errorbar(places, values, yerr=errors, fmt="o-", ms=5, capsize=3, color=f"C{index}", label=_seed(study))
+    name = _seed(study)
+    if study.difference_errors:
+        errors = [1.96 * study.difference_errors[row.loop_count] for row in study.rows]
+        name += f"\n95 % of the difference to {loops(study.rows[0].loop_count)}"
+    else:
+        errors = [1.96 * (row.standard_error or 0.0) for row in study.rows]
+        name += "\n95 % of the value" if any(errors) else ""
+    axes.errorbar(places, values, yerr=errors, fmt="o-", ms=5, capsize=3, color=f"C{index}", label=name)
     hollow = [(x, row.metric_value) for x, row in zip(places, study.rows, strict=True) if row.extrapolated]
     if hollow:
         look = {"ms": 5, "mfc": "white", "color": f"C{index}", "zorder": 3}

@@ -138,9 +138,9 @@ def _without_empty_columns(table: Table) -> Table:
 
 _SIGNS = (
     "Norms and changes are of the state of the core; the change ratio is the change in the last loop over that in the "
-    "loop before, and below 1 the state settles. The gain of a loop is the largest factor by which it stretches a "
-    "small difference of states. Entropies are in nats. Repeated is the share of four-token pieces of greedy texts "
-    "that occurred before in the same text."
+    "loop before: below 1 the state settles, and where it has settled the ratio is left out. The gain of a loop is "
+    "the largest factor by which it stretches a small difference of states. Entropies are in nats. Repeated is the "
+    "share of four-token pieces of greedy texts that occurred before in the same text."
 )
 
 
@@ -274,6 +274,7 @@ def _row_table(study: CurveStudy) -> Table:
         table.append(
             [
                 *(str(row.loop_count), number(row.metric_value), number(row.standard_error, 2)),
+                number(study.difference_errors.get(row.loop_count), 2),
                 *(
                     number(row.flops_mean and row.flops_mean / scale),
                     number(steps.get(row.loop_count), 3),

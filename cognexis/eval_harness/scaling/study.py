@@ -9,6 +9,7 @@ neighbouring depths, and is not compared outside the measured range.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from statistics import stdev
 from typing import Any
 
 from cognexis.errors import InvalidConfigError
@@ -50,6 +51,8 @@ class CurveStudy:
     adaptive: list[AdaptivePoint] = field(default_factory=list)
     continuations: dict[int, list[tuple[str, str]]] = field(default_factory=dict)
     """By depth; empty where nothing was generated."""
+    difference_errors: dict[int, float] = field(default_factory=dict)
+    """By depth, the standard error of the mean difference to the shallowest; empty without single scores."""
 
     @property
     def first(self) -> ResultRow:
@@ -127,6 +130,7 @@ def study_curves(
                 depth_metrics=_depth_metrics(good, given, samples),
                 best_depth=None if best is None else best.loop_count,
                 adaptive=[_beside(row, good, sign) for row in everything if _belongs(row, curve[0])],
+                difference_errors=_difference_errors(good, samples or {}),
                 continuations={row.loop_count: texts[row.identity] for row in good if row.identity in texts},
             )
         )
@@ -146,6 +150,18 @@ def _depth_metrics(rows: Sequence[ResultRow], options: DepthOptions, samples: Sa
     )
     functions = {"dei": dei_results, "lsp": lsp_results, "ot": ot_results, "dgr": dgr_results}
     return {name: function(depths, values, costs, chosen) for name, function in functions.items()}
+
+
+def _difference_errors(rows: Sequence[ResultRow], samples: Samples) -> dict[int, float]:
+    """Examples differ more from each other than depths do, so depths are compared example by example."""
+    scores = [samples.get(row.identity, []) for row in rows]
+    if len({*map(len, scores)}) != 1 or len(scores[0]) < 2:
+        return {}
+    errors = {}
+    for row, own in zip(rows, scores, strict=True):
+        differences = [score - first for score, first in zip(own, scores[0], strict=True)]
+        errors[row.loop_count] = stdev(differences) / len(differences) ** 0.5
+    return errors
 
 
 def _belongs(row: ResultRow, fixed: ResultRow) -> bool:

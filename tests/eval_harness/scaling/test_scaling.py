@@ -11,6 +11,7 @@ from cognexis.eval_harness.metrics.depth_results import DepthOptions
 from cognexis.eval_harness.result_files import read_rows, row_line
 from cognexis.eval_harness.results import result_row
 from cognexis.eval_harness.scaling.grid import default_grid, parse_depths
+from cognexis.eval_harness.scaling.overthinking import overthinking_table, scheduler_table, signs
 from cognexis.eval_harness.scaling.report import markdown, write_report
 from cognexis.eval_harness.scaling.study import study_curves, value_at_compute
 from tests.eval_harness.scaling.scaling_rows import DEPTHS, rows_and_samples
@@ -85,6 +86,86 @@ def test_three_depths_by_hand():
     assert study.depth_metrics["dei"]["depth_efficiency_index"] == pytest.approx([0.02, -0.0005])
     assert (study.recommended_default, study.recommended_cap) == (2, 2)
     assert study.depth_metrics["ot"]["first_harmful_depth"] == 4
+
+
+def curve_of(losses, **fields):
+    rows, _ = rows_and_samples(seeds=(0,))
+    content = rows[0].model_dump() | {"standard_error": None} | fields
+    return [
+        result_row(content | {"loop_count": depth, "metric_value": loss, "flops_mean": 10.0 * depth})
+        for depth, loss in losses.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("losses", "threshold", "harmful_beyond", "cap"),
+    [
+        ({1: 1.0, 2: 0.5, 4: 0.5 + 1e-6, 8: 0.5}, 2, None, 2),  # rounding
+        ({1: 1.0, 2: 0.5, 4: 0.5 + 1e-6, 8: 0.7}, 2, 2, 2),  # begins small
+        ({1: 1.0, 2: 0.5, 4: 0.4999, 8: 0.4998}, None, None, 2),  # as good as the best
+        ({1: 1.0, 2: 0.8, 4: 0.5}, None, None, 4),
+        ({1: 0.5, 2: 0.6, 4: 0.7}, 1, 1, 1),
+        ({1: 0.5}, None, None, 1),
+    ],
+)
+def test_cap_follows_from_harm_that_matters(losses, threshold, harmful_beyond, cap):
+    (study,) = study_curves(curve_of(losses))
+    assert study.depth_metrics["ot"]["overthinking_threshold"] == threshold
+    assert (study.harmful_beyond, study.recommended_cap) == (harmful_beyond, cap)
+
+
+def test_errors_of_differences_pair_the_examples():
+    rows = curve_of({1: 2.0, 2: 1.5})
+    samples = {rows[0].identity: [1.0, 3.0, 2.0], rows[1].identity: [0.5, 2.4, 1.6]}
+    (study,) = study_curves(rows, samples=samples)
+    assert study.difference_errors[1] == 0.0
+    assert study.difference_errors[2] == pytest.approx(0.1 / 3**0.5)  # differences -0.5, -0.6, -0.4
+    samples.popitem()
+    assert study_curves(rows, samples=samples)[0].difference_errors == {}
+
+
+def test_scheduler_gets_its_bounds_and_its_threshold():
+    rows, samples = rows_and_samples(seeds=(0,))
+    table = {name: (value, why) for name, value, why in scheduler_table(study_curves(rows, OPTIONS, samples))[1:]}
+    assert table["max_loops"][0] == "8" and "overthinking threshold; 12 loops are worse" in table["max_loops"][1]
+    assert table["default_loops"][0] == "2" and "pays most for its compute" in table["default_loops"][1]
+    assert table["min_delta"][0] == "0.12"  # the eighth of the changes 1 / t
+    assert scheduler_table(study_curves(rows[-1:])) == []
+
+
+def test_overthinking_is_told_by_depth():
+    losses = {1: 2.0, 2: 1.0, 4: 1.5}
+    deltas = {1: [None], 2: [None, 0.4], 4: [None, 0.4, 0.2, 0.1]}
+    rows = [
+        result_row(
+            row.model_dump()
+            | {
+                "hidden_deltas": deltas[row.loop_count],
+                "hidden_norms": [1.0, 2.0, 3.0, 4.0, 6.0][: row.loop_count + 1],
+                "prediction_entropy": 3.0 / row.loop_count,
+                "attention_entropies": [0.5] * row.loop_count,
+                "loop_gain": 1.25,
+                "repetition_rate": 0.1 * row.loop_count,
+                "extrapolated": row.loop_count > 2,
+                "trained_max_loops": 2,
+            }
+        )
+        for row in curve_of(losses)
+    ]
+    texts = {row.identity: [("say", "a\n    b" if row.loop_count < 4 else "c")] for row in rows}
+    (study,) = study_curves(rows, continuations=texts)
+    assert overthinking_table(study)[2:] == [
+        ["2", "1", "x 1.5", "0.4", "–", "1.25", "1.5", "0.5", "20%", "trained, overthinking threshold"],
+        ["4", "1.5", "x 3", "0.1", "0.5", "1.25", "0.75", "0.5", "40%", "beyond training, overthinking"],
+    ]
+    told = " ".join(signs(study))
+    assert "is best at 2 loops (1) and 1.5 at 4; the first harmful step begins at 2." in told
+    assert "Predictions become more certain beyond the best depth (entropy 1.5 to 0.75 nats), not better." in told
+    assert "Greedy texts repeat themselves more (20% to 40% of four-token pieces)." in told
+    assert "the norm changes by x 3." in told and "The state still moves: loop 4 changes it by 10 %." in told
+    text = markdown([study], ["overthinking", "state"])
+    assert "| say | 1, 2 | a↵⟨4 spaces⟩b |" in text and "|  | 4 (beyond training) | c |" in text
+    assert "![overthinking](plots/overthinking.png)" in text and "plots/latency.png" not in text
 
 
 def test_adaptive_row_is_compared_at_equal_compute():
