@@ -113,6 +113,8 @@ def run_evaluation(order: EvaluationOrder, report: Callable[[str], None]) -> lis
     _check_metrics(section.metrics, [data.task for data in loaded])
     costs = [name for name in section.metrics if name in COSTS]
     modes = [mode for mode in dict.fromkeys(section.adaptive_modes) if mode != "fixed"]
+    for mode in modes:  # what does not go together is found before anything is measured
+        adaptive_run(mode, model, config.inference, teacher_forced=False)
     depths = list(section.loop_counts or default_grid(model.config.trained_max_loops))
     folder = order.out or Path(section.output_path)
     folder.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,7 @@ class Execution:
         flops: matrix operations of all requests.
         elementwise: elementwise operations of all requests; None where they are not counted.
         exhausted: requests that ended for lack of budget.
+        violations: requests that ran more loops than their budget allows.
         cache_bytes: largest cache of a batch, divided by its requests.
         norms: mean norm of the state by loop; empty where it is not measured.
         peak_memory_bytes: see ``memory``.
@@ -46,6 +47,7 @@ class Execution:
     flops: StageFlops = NO_FLOPS
     elementwise: float | None = 0.0
     exhausted: int = 0
+    violations: int = 0
     cache_bytes: int = 0
     norms: list[float] = field(default_factory=list)
     peak_memory_bytes: int | None = None

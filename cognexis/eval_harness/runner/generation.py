@@ -7,6 +7,7 @@ the prompt are what the model reports as used less those of the later tokens.
 """
 
 import hashlib
+import math
 import time
 from itertools import groupby
 from typing import Any
@@ -129,7 +130,7 @@ def _generate(
         found.prefill_ms.append(1e3 * (clock.first - started))
         if (later := int((counts > 0).sum(1).max()) - 1) > 0:
             found.decode_ms.append(1e3 * (ended - clock.first) / later)
-    _read(found, model.config, tokenizer, batch, result, counts, length)
+    _read(found, model.config, tokenizer, batch, result, counts, length, run.limits)
 
 
 def _read(
@@ -140,6 +141,7 @@ def _read(
     result: Any,
     counts: Tensor,
     length: int,
+    limits: dict[str, Any],
 ) -> None:
     """Add answers and costs; rows of ``result`` are the samples of the prompts, one prompt after another."""
     samples = len(counts) // len(batch)
@@ -147,7 +149,7 @@ def _read(
     for index, encoded in enumerate(batch):
         request = encoded.example.request
         assert isinstance(request, Generation)
-        answers, was_cut = [], False
+        answers, was_cut, went_beyond = [], False, False
         for row in range(index * samples, (index + 1) * samples):
             loops = [int(count) for count in counts[row] if count > 0]
             answers.append(clip_at(tokenizer.decode(new[row, : len(loops)], skip_special_tokens=True), request.stop))
@@ -157,7 +159,10 @@ def _read(
             found.num_tokens += len(loops)
             found.halts.update(result.halt_reasons[row])
             was_cut |= result.stop_reasons[row] == "budget_exhausted"
+            went_beyond |= int(result.budget_used[row]) > limits.get("max_total_loops", math.inf)
+            went_beyond |= max(loops, default=0) > limits.get("max_loops_per_token", math.inf)
         found.exhausted += was_cut
+        found.violations += went_beyond
         found.predictions.append(answers)
     cache = result.past_key_values
     if cache is not None and hasattr(cache, "memory_bytes"):

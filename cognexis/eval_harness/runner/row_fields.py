@@ -105,7 +105,7 @@ def cost_fields(found: Execution, run: LoopRun, examples: Sequence[EncodedExampl
             "loop_count_histogram": found.histogram(),
             "halt_reasons": dict(sorted(found.halts.items())),
             "scheduler_overhead_ms_mean": found.overhead_ms / found.num_requests if run.is_adaptive else None,
-            "budget_violation_count": 0,
+            "budget_violation_count": found.violations,
         },
     }
     if found.batch_ms:

@@ -15,12 +15,14 @@ from cognexis.eval_harness.results import ResultRow
 
 
 def append_lines(path: Path, contents: Sequence[Any]) -> None:
-    """Add lines of strict JSON, forced to disk; a line that a kill cut off is removed first."""
-    if path.is_file() and (data := path.read_bytes()) and not data.endswith(b"\n"):
+    """Add the lines of strict JSON that are not there yet, forced to disk; what a kill cut off is removed first."""
+    data = path.read_bytes() if path.is_file() else b""
+    if data and not data.endswith(b"\n"):
         os.truncate(path, data.rfind(b"\n") + 1)
+    known = set(data.split(b"\n")[:-1])
+    lines = [json.dumps(content, ensure_ascii=False, allow_nan=False).encode() for content in contents]
     with open(path, "ab") as file:
-        for content in contents:
-            file.write(json.dumps(content, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        file.write(b"".join(line + b"\n" for line in lines if line not in known))
         file.flush()
         os.fsync(file.fileno())
 

@@ -45,12 +45,6 @@ class CodeGeneration(Task):
             raise InvalidConfigError(
                 f"options.k={k}: must be 1 to num_samples={num_samples}", path="options.k", value=k
             )
-        if num_samples > 1 and temperature <= 0:
-            raise InvalidConfigError(
-                f"options.temperature={temperature}: must be above 0 with num_samples={num_samples}, or all are equal",
-                path="options.temperature",
-                value=temperature,
-            )
         self.k = k
         self.limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=3 * cpu_seconds, memory_bytes=memory_bytes)
         self._sandbox = open_sandbox(sandbox)

@@ -15,10 +15,13 @@ front of every one. Ids are taken as they are. A metric of a data set is the mea
 have one; what is no mean, such as perplexity, is named in ``derived``.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+
+from cognexis.errors import InvalidConfigError
 
 Text = str | tuple[int, ...]
 """A text, or the token ids of one."""
@@ -50,6 +53,9 @@ class Generation:
         temperature: of the sampling; 0 takes the most likely token.
         stop: the answer ends before the first of these; what was generated behind it is dropped.
         is_chat: the prompt goes through the tokenizer's chat template.
+
+    Raises:
+        InvalidConfigError: a number is out of range, or several samples would be equal.
     """
 
     prompt: Text
@@ -58,6 +64,21 @@ class Generation:
     temperature: float = 0.0
     stop: tuple[str, ...] = ()
     is_chat: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_samples"):
+            if (value := getattr(self, name)) < 1:
+                raise InvalidConfigError(f"{name}={value}: must be 1 or more", path=name, value=value)
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise InvalidConfigError(f"temperature={self.temperature}: must be 0 or more", path="temperature")
+        if self.num_samples > 1 and self.temperature == 0:
+            raise InvalidConfigError(
+                f"temperature=0: must be above 0 with num_samples={self.num_samples}, or all are equal",
+                path="temperature",
+                value=self.temperature,
+            )
+        if not all(isinstance(stop, str) and stop for stop in self.stop):
+            raise InvalidConfigError(f"stop={self.stop!r}: must be texts", path="stop", value=self.stop)
 
 
 Request = Likelihood | Choice | Generation

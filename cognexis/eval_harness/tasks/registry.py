@@ -96,6 +96,8 @@ def build_task(dataset: Any, context: TaskContext) -> Task:
             options[name] = parameter.default
         elif name in offered:
             taken[name] = offered[name]
+    if "tokenizer" in taken and context.tokenizer is None:
+        raise InvalidConfigError(f"type {dataset.type}: needs a tokenizer, and the checkpoint has none", path="type")
     if dataset.type == "synthetic":
         options |= family_of(dataset.task).task.difficulty()
     return cls(**taken, **_checked(dataset.options, options, cls.name))
@@ -119,16 +121,23 @@ def _checked(given: Mapping[str, Any], options: Mapping[str, Any], kind: str) ->
             reason = f"unknown option{nearest_name(name, options)}; {kind} knows {known}"
             faults.append(ConfigFault(f"options.{name}", value, reason))
         elif (default := options[name]) is not inspect.Parameter.empty and not _fits(value, default):
-            word = "a list" if isinstance(default, tuple) else f"of type {type(default).__name__}"
-            faults.append(ConfigFault(f"options.{name}", value, f"must be {word}, such as {default!r}"))
+            faults.append(ConfigFault(f"options.{name}", value, f"must be {_type_name(default)}"))
     if faults:
         raise InvalidConfigError("; ".join(faults), faults=faults)
     return dict(given)
 
 
-def _fits(value: Any, default: Any) -> bool:
+def _type_name(default: Any) -> str:
     if default is None:
-        return True
+        return "a whole number"
+    word = "a list" if isinstance(default, tuple) else f"of type {type(default).__name__}"
+    return f"{word}, such as {default!r}"
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether an option has the type of its default; None stands for a number that follows from other settings."""
+    if default is None:
+        return type(value) is int
     if isinstance(default, float):
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return type(value) is type(default)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cognexis import CognexisForCausalLM
+from cognexis import CognexisConfig, CognexisForCausalLM
 from cognexis.cli import app
 from cognexis.errors import ArtifactMismatchError, CheckpointError, InvalidConfigError, NonFiniteError
 from cognexis.eval_harness.compute import matmul_flops
@@ -17,7 +17,8 @@ from cognexis.eval_harness.runner.evaluation import EvaluationOrder, run_evaluat
 from cognexis.eval_harness.runner.likelihood import run_likelihoods
 from cognexis.eval_harness.tasks import registry
 from cognexis.eval_harness.tasks.protocol import Example, Generation, Task
-from tests.eval_harness.runner.tiny_place import TEXT, make_place, write_config
+from cognexis.tasks.windowed_parity import WindowedParity
+from tests.eval_harness.runner.tiny_place import SHAPE, TEXT, make_place, write_config
 
 MEASURED = ("latency_ms_mean", "latency_ms_p50", "latency_ms_p90", "latency_ms_p99", "tokens_per_second")
 MEASURED += ("prefill_latency_ms_mean", "decode_latency_ms_per_token_mean", "peak_memory_bytes")
@@ -120,7 +121,7 @@ def test_values_are_those_of_the_model(evaluate, place):
 
 def test_same_seed_gives_the_same_rows(evaluate, tmp_path):
     for out in ("a", "b"):
-        evaluate(out=out, adaptive_modes=["adaptive_token"])
+        evaluate(out=out, adaptive_modes=["adaptive_token"], loop_counts=[2])
     first, second = (read_rows(tmp_path / out / "rows.jsonl") for out in ("a", "b"))
     assert [*map(steady, first)] == [*map(steady, second)]
     for name in ("samples.jsonl", "predictions.jsonl"):
@@ -280,3 +281,24 @@ def test_command_line(place, tmp_path):
         assert result.exit_code == 2 and message in " ".join(result.output.split()).replace("│ ", "")
     missing = CliRunner().invoke(app, ["eval", "--config", str(config), "--checkpoint", str(tmp_path / "none")])
     assert isinstance(missing.exception, CheckpointError)
+
+
+def test_checkpoint_of_a_family_is_asked_in_its_own_ids(tmp_path):
+    torch.manual_seed(0)
+    model = CognexisForCausalLM(CognexisConfig(vocab_size=4, bos_token_id=2, pad_token_id=3, **SHAPE)).eval()
+    model.save_pretrained(tmp_path / "model")
+    options = {"form": "ids", "difficulty": 6, "num_examples": 6}
+    dataset = {"name": "parity", "type": "synthetic", "task": "windowed_parity", "options": options}
+    section = {"datasets": [dataset], "loop_counts": [2], "metrics": []}
+    (tmp_path / "eval.json").write_text(json.dumps({"schema_version": 1, "evaluation": section}))
+    order = EvaluationOrder(tmp_path / "eval.json", tmp_path / "model", tmp_path / "out", device="cpu")
+    (row,) = run_evaluation(order, lambda line: None)
+    test = WindowedParity.splits(60, seed=1234, num_bits=6).test
+    with torch.no_grad():
+        logits = model(input_ids=test.ids, num_loops=2, use_cache=False).logits[:, -1]
+    right = (logits[:, :2].argmax(-1) == test.labels[:, -1]).double().mean().item()
+    assert row.metric_value == pytest.approx(right) and row.tokenizer_checksum == "none"
+    for kind in ({"type": "recall"}, {**dataset, "options": {}}):
+        (tmp_path / "eval.json").write_text(json.dumps({"evaluation": {"datasets": [{"name": "x", **kind}]}}))
+        with pytest.raises(InvalidConfigError, match="the checkpoint has no(ne| tokenizer)"):
+            run_evaluation(order, lambda line: None)

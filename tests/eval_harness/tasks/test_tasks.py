@@ -144,7 +144,7 @@ def test_programs_are_the_prompt_and_what_follows(build, tmp_path, monkeypatch):
     assert task.decoding["k"] == 2 and task.decoding["sandbox"] == "pretended"
     for options, message in (
         ({"k": 2}, "options.k=2: must be 1 to num_samples=1"),
-        ({"num_samples": 2}, "temperature=0.0: must be above 0"),
+        ({"num_samples": 2}, "temperature=0: must be above 0"),
     ):
         with pytest.raises(InvalidConfigError, match=message):
             build(type="code", path=path, options=options)
@@ -220,6 +220,10 @@ def test_ids_are_asked_as_they_are(build):
         ({"type": "synthetic", "task": "dyk"}, "task='dyk': must be one of .*did you mean 'dyck'"),
         ({"type": "synthetic", "task": "dyck", "options": {"pairs": 3}}, "options.pairs=3: unknown option"),
         ({"type": "synthetic", "task": "dyck", "options": {"shots": "1"}}, "options.shots='1': must be of type int"),
+        (
+            {"type": "synthetic", "task": "dyck", "options": {"difficulty": "a"}},
+            "difficulty='a': must be a whole number",
+        ),
         ({"type": "synthetic", "task": "dyck", "options": {"num_pairs": 8, "difficulty": 8}}, "give one of the two"),
         (
             {"type": "synthetic", "task": "p_hop", "options": {"num_symbols": 27}},
