@@ -52,16 +52,27 @@ def leading_studies(studies: Sequence[CurveStudy]) -> list[CurveStudy]:
     return list(found.values())
 
 
+def without_doubles(studies: Sequence[CurveStudy]) -> list[CurveStudy]:
+    """The curves without those of a perplexity whose logarithm is there too."""
+    logs = {study.first.dataset for study in studies if study.first.metric_name == "negative_log_likelihood"}
+    return [s for s in studies if s.rows and not (s.first.metric_name == "perplexity" and s.first.dataset in logs)]
+
+
+def judged_studies(studies: Sequence[CurveStudy]) -> list[CurveStudy]:
+    """The curves from which something follows: depths differ by more than noise."""
+    return [study for study in without_doubles(studies) if study.recommended_cap is not None]
+
+
 def scheduler_table(studies: Sequence[CurveStudy]) -> Table:
     """Bounds and thresholds that follow from the curves."""
     table = [["setting", "value", "because"]]
-    capped = [study for study in studies if study.recommended_cap is not None]
+    capped = judged_studies(studies)
     if not capped:
         return []
     lowest = min(capped, key=lambda study: study.recommended_cap or 0)
     cap = lowest.recommended_cap
     table.append(["max_loops", str(cap), _why_cap(lowest)])
-    paying = [study for study in studies if study.recommended_default is not None]
+    paying = [study for study in capped if study.recommended_default is not None]
     if paying:
         first = min(paying, key=lambda study: study.recommended_default or 0)
         why = f"{first.title}: {_PAYING[(first.depth_metrics['lsp'] or {})['loop_saturation_point_definition']]}"

@@ -19,12 +19,14 @@ from cognexis.eval_harness.scaling.overthinking import (
     change_ratio,
     continuation_table,
     depth_label,
+    judged_studies,
     leading_studies,
     loops,
     number,
     overthinking_table,
     scheduler_table,
     signs,
+    without_doubles,
 )
 from cognexis.eval_harness.scaling.plots import (
     efficiency_by_depth,
@@ -75,11 +77,10 @@ def draw_all(studies: Sequence[CurveStudy]) -> dict[str, bytes]:
 
 
 def _groups(studies: Sequence[CurveStudy]) -> dict[str, list[CurveStudy]]:
-    """Curves that share pictures, by title."""
+    """Curves that share pictures, by title; those in which nothing changes are not drawn."""
     groups: dict[str, list[CurveStudy]] = {}
-    logs = {study.first.dataset for study in studies if study.first.metric_name == "negative_log_likelihood"}
-    for study in studies:
-        if study.rows and not (study.first.metric_name == "perplexity" and study.first.dataset in logs):
+    for study in without_doubles(studies):
+        if len({row.metric_value for row in study.rows}) > 1 or len(study.rows) == 1:
             groups.setdefault(study.title, []).append(study)
     return groups
 
@@ -132,6 +133,7 @@ def sections(studies: Sequence[CurveStudy]) -> list[Section]:
 def _without_empty_columns(table: Table) -> Table:
     """The table without the columns that hold dashes only."""
     body = table[1:]
+    assert len({*map(len, table)}) < 2
     kept = [place for place in range(len(table[0]) if body else 0) if any(row[place] != "–" for row in body)]
     return [[row[place] for place in kept] for row in table] if body else table
 
@@ -209,10 +211,11 @@ def _facts(studies: Sequence[CurveStudy]) -> Table:
 
 
 def _conclusion(studies: Sequence[CurveStudy]) -> str:
-    caps = [study.recommended_cap for study in studies if study.recommended_cap is not None]
-    defaults = [study.recommended_default for study in studies if study.recommended_default is not None]
+    judged = judged_studies(studies)
+    caps = [study.recommended_cap for study in judged if study.recommended_cap is not None]
+    defaults = [study.recommended_default for study in judged if study.recommended_default is not None]
     if not caps:
-        return "No depth metric is defined on these rows."
+        return "No difference between depths is larger than its noise, or fewer than two depths were measured."
     cap = f"A scheduler for these tasks should not go beyond {loops(min(caps))}"
     cap += f" (by task {min(caps)} to {max(caps)})" if min(caps) < max(caps) else ""
     if not defaults:
@@ -257,14 +260,9 @@ def _with_interval(result: dict[str, Any], name: str) -> str:
 
 def _row_table(study: CurveStudy) -> Table:
     scale, unit = compute_unit([*study.rows, *study.failed])
-    head = [
-        "loops",
-        study.first.metric_name.replace("_", " "),
-        "standard error",
-        unit,
-        "gain per compute of the step to here",
-    ]
-    table = [[*head, "latency ms, mean", "p50", "p90", "p99", "memory MiB", "not finite", "depth"]]
+    head = ["loops", study.first.metric_name.replace("_", " "), "standard error", "of the difference", unit]
+    head += ["gain per compute of the step to here", "latency ms, mean", "p50", "p90", "p99", "memory MiB"]
+    table = [[*head, "not finite", "depth"]]
     dei = study.depth_metrics["dei"] or {}
     depths = dei.get("depth_efficiency_index_depths", [])
     values = dei.get("depth_efficiency_index", [])

@@ -25,6 +25,14 @@ from cognexis.eval_harness.results import ResultRow
 
 # A difference below this part of the range of a curve neither helps nor harms.
 NEGLIGIBLE = 1e-3
+_SURE = 1.96  # standard errors
+# What a depth costs stands in columns of every row; rows that repeat it are no curves of quality.
+COSTS = frozenset(
+    (
+        *("latency_ms", "prefill_latency_ms", "decode_latency_ms_per_token", "flops", "peak_memory_bytes"),
+        *("loops_mean", "loops_p50", "loops_p90", "loops_p99", "budget_exhaustion_rate"),
+    )
+)
 # Identity of a row, then the score of each of its examples, in the same order at every depth.
 Samples = dict[tuple[Any, ...], list[float]]
 # Identity of a row, then pairs of a prompt and what the model made of it, with the same prompts at every depth.
@@ -51,8 +59,8 @@ class CurveStudy:
     adaptive: list[AdaptivePoint] = field(default_factory=list)
     continuations: dict[int, list[tuple[str, str]]] = field(default_factory=dict)
     """By depth; empty where nothing was generated."""
-    difference_errors: dict[int, float] = field(default_factory=dict)
-    """By depth, the standard error of the mean difference to the shallowest; empty without single scores."""
+    scores: dict[int, list[float]] = field(default_factory=dict)
+    """By depth, the scores of the same single examples; empty where they are not known."""
 
     @property
     def first(self) -> ResultRow:
@@ -70,25 +78,46 @@ class CurveStudy:
         return (self.depth_metrics["lsp"] or {}).get("loop_saturation_point")
 
     @property
+    def difference_errors(self) -> dict[int, float]:
+        """By depth, the standard error of the mean difference to the shallowest; empty without single scores."""
+        return {depth: self._difference_error(self.rows[0].loop_count, depth) for depth in self.scores}
+
+    @property
     def harmful_beyond(self) -> int | None:
-        """The overthinking threshold where what follows is worse by more than a negligible part of the curve."""
+        """The overthinking threshold where what follows is worse by more than a negligible part, and than noise."""
         threshold: int | None = (self.depth_metrics["ot"] or {}).get("overthinking_threshold")
         if threshold is None:
             return None
         losses = self._losses()
-        worst = max(loss for depth, loss in losses.items() if depth > threshold)
-        return threshold if worst - losses[threshold] > self._negligible() else None
+        worst = max((depth for depth in losses if depth > threshold), key=lambda depth: losses[depth])
+        return threshold if self._is_worse(worst, threshold) else None
 
     @property
     def recommended_cap(self) -> int | None:
-        """Depth beyond which a scheduler should not go: before harm, else the first that is as good as the best."""
+        """Depth beyond which a scheduler should not go: before harm, else the first that is as good as the best.
+
+        None where no depth differs from the best by more than noise.
+        """
         if self.harmful_beyond is not None or self.best_depth is None:
             return self.harmful_beyond
         losses = self._losses()
+        if len(losses) > 1 and not any(self._is_worse(depth, self.best_depth) for depth in losses):
+            return None
         return min(depth for depth, loss in losses.items() if loss - losses[self.best_depth] <= self._negligible())
 
+    def _is_worse(self, depth: int, other: int) -> bool:
+        losses = self._losses()
+        noise = _SURE * self._difference_error(depth, other) if self.scores else 0.0
+        return losses[depth] - losses[other] > max(self._negligible(), noise)
+
+    def _difference_error(self, depth: int, other: int) -> float:
+        """Examples differ more from each other than depths do, so depths are compared example by example."""
+        pairs = zip(self.scores[depth], self.scores[other], strict=True)
+        differences = [one - another for one, another in pairs]
+        return stdev(differences) / len(differences) ** 0.5
+
     def _losses(self) -> dict[int, float]:
-        """The metric by depth, turned so that lower is better; seeds and examples are already means."""
+        """The metric by depth, turned so that lower is better."""
         sign = -1 if self.first.metric_direction == "higher_is_better" else 1
         return {row.loop_count: sign * row.metric_value for row in self.rows if row.metric_value is not None}
 
@@ -114,7 +143,7 @@ def study_curves(
         InvalidConfigError: there is no row at a fixed depth.
     """
     given, texts = options or DepthOptions(), continuations or {}
-    everything = list(rows)
+    everything = [row for row in rows if row.metric_name not in COSTS]
     fixed = curves(row for row in everything if row.loop_mode == "fixed")
     if not fixed:
         raise InvalidConfigError("rows: none has loop_mode='fixed'; a study needs a grid of fixed depths")
@@ -130,7 +159,7 @@ def study_curves(
                 depth_metrics=_depth_metrics(good, given, samples),
                 best_depth=None if best is None else best.loop_count,
                 adaptive=[_beside(row, good, sign) for row in everything if _belongs(row, curve[0])],
-                difference_errors=_difference_errors(good, samples or {}),
+                scores=_paired_scores(good, samples or {}),
                 continuations={row.loop_count: texts[row.identity] for row in good if row.identity in texts},
             )
         )
@@ -152,16 +181,11 @@ def _depth_metrics(rows: Sequence[ResultRow], options: DepthOptions, samples: Sa
     return {name: function(depths, values, costs, chosen) for name, function in functions.items()}
 
 
-def _difference_errors(rows: Sequence[ResultRow], samples: Samples) -> dict[int, float]:
-    """Examples differ more from each other than depths do, so depths are compared example by example."""
-    scores = [samples.get(row.identity, []) for row in rows]
-    if len({*map(len, scores)}) != 1 or len(scores[0]) < 2:
-        return {}
-    errors = {}
-    for row, own in zip(rows, scores, strict=True):
-        differences = [score - first for score, first in zip(own, scores[0], strict=True)]
-        errors[row.loop_count] = stdev(differences) / len(differences) ** 0.5
-    return errors
+def _paired_scores(rows: Sequence[ResultRow], samples: Samples) -> dict[int, list[float]]:
+    """Scores by depth; empty unless every depth has those of the same number of examples, two or more."""
+    scores = {row.loop_count: samples.get(row.identity, []) for row in rows}
+    counts = {*map(len, scores.values())}
+    return scores if len(counts) == 1 and min(counts) >= 2 else {}
 
 
 def _belongs(row: ResultRow, fixed: ResultRow) -> bool:

@@ -120,8 +120,28 @@ def test_errors_of_differences_pair_the_examples():
     (study,) = study_curves(rows, samples=samples)
     assert study.difference_errors[1] == 0.0
     assert study.difference_errors[2] == pytest.approx(0.1 / 3**0.5)  # differences -0.5, -0.6, -0.4
+    assert study.recommended_cap == 2
     samples.popitem()
     assert study_curves(rows, samples=samples)[0].difference_errors == {}
+
+
+def test_noise_says_nothing_about_depth():
+    rows = curve_of({1: 2.0, 2: 1.9, 4: 2.05})
+    scores = {1: [1.0, 3.0, 2.0], 2: [2.0, 1.7, 2.0], 4: [3.0, 0.15, 3.0]}
+    samples = {row.identity: scores[row.loop_count] for row in rows}
+    (study,) = study_curves(rows, samples=samples)
+    assert study.depth_metrics["ot"]["overthinking_threshold"] == 2
+    assert study.harmful_beyond is None and study.recommended_cap is None
+    text = markdown([study], [])
+    assert "No difference between depths is larger than its noise" in text and "max_loops" not in text
+    constant = study_curves(curve_of({1: 0.5, 2: 0.5}))[0]
+    assert constant.recommended_cap is None
+
+
+def test_rows_that_repeat_a_cost_are_no_curves():
+    rows = curve_of({1: 2.0, 2: 1.5})
+    costs = curve_of({1: 10.0, 2: 20.0}, metric_name="latency_ms")
+    assert [study.first.metric_name for study in study_curves([*rows, *costs])] == ["negative_log_likelihood"]
 
 
 def test_scheduler_gets_its_bounds_and_its_threshold():
