@@ -213,7 +213,7 @@ class _Measurement:
             "decoding": {**data.task.decoding, **run.decoding},
             "loop_mode": run.mode,
             "loop_count": run.loop_count,
-            "extrapolated": run.loop_count > self.model.config.trained_max_loops,
+            "extrapolated": run.loop_count > data.shared["trained_max_loops"],
             "num_examples": 0,
         }
         wanted = [result_row({**shared, **metric_fields(name, None, way)}) for name, way in names.items()]
@@ -242,6 +242,7 @@ class _Measurement:
             rows = [result_row({**shared, **metric_fields(name, None, way, detail)}) for name, way in names.items()]
             return rows, {}, []
         shared = {**shared, **cost_fields(found, run, data.examples)}
+        shared["extrapolated"] = max(found.loops, default=0) > shared["trained_max_loops"]
         rows = []
         for name, way in names.items():
             own = scores.get(name, [])

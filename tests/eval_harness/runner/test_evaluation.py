@@ -62,7 +62,8 @@ def test_every_data_set_runs_at_every_depth_and_in_every_mode(evaluate, tmp_path
     for row in rows:
         assert row.hardware and row.versions["torch"] and row.batch_size == 2 and row.cache_memory_bytes is not None
         assert row.latency_ms_mean > 0 and row.flops_mean > 0 and row.scheduler_diagnostics is not None
-        assert row.extrapolated == (row.loop_count > 2)
+        deepest = len(row.scheduler_diagnostics.loop_count_histogram) - 1
+        assert row.extrapolated == (deepest > 2) and row.trained_max_loops == 2
         if row.loop_mode != "fixed":
             assert row.loop_count == 4 and row.scheduler_diagnostics.scheduler_overhead_ms_mean > 0
             assert row.decoding["loops"]["scheduler"]["type"] == "rule_based"
