@@ -386,11 +386,12 @@ class CognexisTrainer(ResumableTrainer):
         return {"curriculum.json": self.curriculum.state_dict()}
 
     def extra_state(self) -> dict[str, Any]:
-        """Skipped steps, and which draws the last log line has counted."""
+        """Skipped steps, which draws the last log line has counted, and what was measured since."""
         return {
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self._skipped_in_a_row,
             "logged_histogram": {str(n): count for n, count in sorted(self._logged_histogram.items())},
+            "metrics": self.metrics.state_dict(),
         }
 
     def load_extra_state(self, extra: dict[str, Any], files: dict[str, Any]) -> None:
@@ -398,5 +399,6 @@ class CognexisTrainer(ResumableTrainer):
         state = files["curriculum.json"]
         self.curriculum.load_state_dict(state, allow_other_settings=self.allow_other_settings)
         self._logged_histogram = Counter({int(n): int(count) for n, count in extra["logged_histogram"].items()})
+        self.metrics.load_state_dict(extra["metrics"])
         self.skipped_steps = int(extra["skipped_steps"])
         self._skipped_in_a_row = int(extra["skipped_in_a_row"])

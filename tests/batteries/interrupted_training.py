@@ -89,8 +89,7 @@ def fingerprint(trainer: CognexisTrainer) -> dict[str, Any]:
     for state in trainer.optimizer.state_dict()["state"].values():
         for name, value in sorted(state.items()):
             moments.update(name.encode() + torch.as_tensor(value).numpy().tobytes())
-    keys = ("step", "loss", "grad_norm", "learning_rate", "loops/mean")
-    lines = [{key: line.get(key) for key in keys} for line in trainer.state.log_history]
+    lines = [{k: v for k, v in line.items() if not k.startswith("data/")} for line in trainer.state.log_history]
     return {
         "weights": weights.hexdigest(),
         "moments": moments.hexdigest(),
@@ -98,7 +97,7 @@ def fingerprint(trainer: CognexisTrainer) -> dict[str, Any]:
         "generator": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
         "curriculum": trainer.curriculum.state_dict(),
         "loader": trainer._loader.state_dict(),
-        "log": [line for line in lines if line["loss"] is not None],
+        "log": [line for line in lines if "loss" in line],
         "operations": trainer.state.total_flos,
     }
 

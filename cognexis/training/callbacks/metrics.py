@@ -5,6 +5,7 @@ the number of them) and starts anew, so that the device is waited for once per l
 """
 
 import logging
+import math
 from collections import Counter
 from typing import Any
 
@@ -39,6 +40,19 @@ class MetricBuffer:
         self.count(f"alerts/{name}")
         logger.warning("%s: %s", name, message)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured since the last log line, as JSON data; NaN and infinity are text."""
+        values = {name: [_as_json(v.item()) for v in found] for name, found in self._values.items()}
+        return {"values": values, "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave."""
+        self._values = {
+            name: [torch.tensor(float(value), dtype=torch.float32) for value in found]
+            for name, found in state["values"].items()
+        }
+        self._counts = Counter({name: int(count) for name, count in state["counts"].items()})
+
     def drain(self) -> dict[str, float]:
         """Means and numbers since the last call."""
         found = {name: torch.stack([v.cpu() for v in values]).mean().item() for name, values in self._values.items()}
@@ -46,3 +60,7 @@ class MetricBuffer:
         self._values.clear()
         self._counts.clear()
         return found
+
+
+def _as_json(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)

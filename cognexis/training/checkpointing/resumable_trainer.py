@@ -372,6 +372,10 @@ class _RunCallback(TrainerCallback):
         self.trainer.restore_run()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        loader = self.trainer._loader
+        if _has_position(loader):  # transformers would count from where this call of train() began
+            rows = state.global_step * args.gradient_accumulation_steps * loader.rows_per_step
+            state.epoch = rows / loader.order.rows_per_epoch
         received = self.trainer._signals.received
         if self.trainer.any_process(received is not None):
             self.trainer.stop_signal = received or 15
