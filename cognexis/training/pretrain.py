@@ -24,6 +24,7 @@ from transformers import TrainingArguments, set_seed
 
 from cognexis.artifacts.run_config import load_run_config, resolve, training_arguments_of, write_resolved
 from cognexis.artifacts.run_config.run_config import RunConfig
+from cognexis.artifacts.shipped_tokenizer import DEFAULT_TOKENIZER, load_default_tokenizer
 from cognexis.errors import ArtifactMismatchError, InvalidConfigError
 from cognexis.modeling_cognexis import CognexisForCausalLM
 from cognexis.tokenization_cognexis import CognexisTokenizer
@@ -31,6 +32,7 @@ from cognexis.training.activation_checkpointing import set_activation_checkpoint
 from cognexis.training.callbacks.console import show_progress
 from cognexis.training.checkpointing.retention import Retention
 from cognexis.training.curriculum import CurriculumSettings
+from cognexis.training.data.manifest import read_data_manifest
 from cognexis.training.data.opening import TokenData, open_data
 from cognexis.training.losses.linear_cross_entropy import CHUNK_ELEMENTS
 from cognexis.training.options import TrainerOptions
@@ -249,13 +251,20 @@ def _arguments(config: RunConfig, order: PretrainOrder) -> dict[str, Any]:
 
 
 def _tokenizer(config: RunConfig) -> CognexisTokenizer | None:
-    """The tokenizer of the run, checked against the configuration; None where it names no file."""
+    """The tokenizer of the run, checked against the configuration.
+
+    Where none is named, it is that of the package if the data were made with it, and else none.
+    """
     rule = config.tokenizer
-    if rule is None or rule.path is None:
-        return None
-    path = Path(rule.path)
-    tokenizer = CognexisTokenizer.from_pretrained(path if path.is_dir() else path.parent)
-    if rule.checksum is not None and tokenizer.checksum != rule.checksum:
+    path = Path(rule.path) if rule is not None and rule.path is not None else None
+    if path is None:
+        tokenizer = load_default_tokenizer()
+        if tokenizer.checksum != _checksum_of_data(config):
+            return None
+        path = DEFAULT_TOKENIZER
+    else:
+        tokenizer = CognexisTokenizer.from_pretrained(path if path.is_dir() else path.parent)
+    if rule is not None and rule.checksum is not None and tokenizer.checksum != rule.checksum:
         reason = f"{path} has {tokenizer.checksum}"
         raise ArtifactMismatchError(
             f"tokenizer.checksum={rule.checksum!r}: {reason}", path="tokenizer.checksum", value=rule.checksum
@@ -268,6 +277,15 @@ def _tokenizer(config: RunConfig) -> CognexisTokenizer | None:
             value=config.model.vocab_size,
         )
     return tokenizer
+
+
+def _checksum_of_data(config: RunConfig) -> str | None:
+    """Checksum of the tokenizer that made the training data."""
+    assert config.training is not None
+    manifest = config.training.data.train_manifest
+    if manifest is None:
+        return None
+    return (read_data_manifest(manifest).tokenizer or {}).get("checksum")
 
 
 def _model(config: RunConfig, tokenizer: CognexisTokenizer | None) -> CognexisForCausalLM:

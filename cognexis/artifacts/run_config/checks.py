@@ -199,6 +199,12 @@ def _data(config: Any) -> Iterator[ConfigFault]:
     if data.document_boundary_attention and not model.document_boundary_attention:
         reason = "model.document_boundary_attention is false"
         yield ConfigFault("training.data.document_boundary_attention", True, reason)
+    has_boundaries = data.document_boundary_attention
+    if has_boundaries is None:
+        has_boundaries = model.document_boundary_attention
+    if data.position_reset == "reset" and not has_boundaries:
+        reason = "positions that restart tell attention of documents, and document_boundary_attention is false"
+        yield ConfigFault("training.data.position_reset", "reset", reason)
     ids: dict[int, str] = {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(model, name)

@@ -49,7 +49,7 @@ class TokenizerSection(Section):
     )
     """family of the algorithm; sentencepiece stands for Unigram"""
     path: Text | None = None
-    """tokenizer file or folder"""
+    """tokenizer file or folder; null: that of the package, where the data were made with it"""
     manifest_path: Text | None = None
     """manifest with the checksum"""
     vocab_size: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None

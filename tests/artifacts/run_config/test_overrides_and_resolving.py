@@ -270,7 +270,8 @@ def test_commands_give_text_and_faults(tmp_path: Path) -> None:
     assert found == [] and resolve_command(CONFIGS / "cognexis-tiny.yaml", folder=tmp_path) == text
     assert (tmp_path / "config.resolved.yaml").read_text() == text
     text, found = check_command(CONFIGS / "cognexis-tiny.yaml", "train", check_files=True)
-    assert text == "" and [f.path for f in found] == ["tokenizer.path", "training.data.train_manifest"]
+    manifests = ["training.data.train_manifest", "training.data.validation_manifest"]
+    assert text == "" and [f.path for f in found] == manifests
     assert load_run_config(show_defaults_command()) == default_run_config()
     assert show_defaults_command("run").startswith("run:\n  name: run\n")
     with pytest.raises(InvalidConfigError, match="section='x'"):
