@@ -98,6 +98,15 @@ def test_adaptive_run_that_never_halts_costs_and_gives_what_the_fixed_one_does(e
         assert pair["advantage"] == pytest.approx(0.0, abs=1e-4)
 
 
+def test_looking_at_predictions_between_loops_is_counted(evaluate, place):
+    never = "inference.scheduler={type: rule_based, min_delta: 0.0, entropy_threshold: 0.0}"
+    rows = evaluate("prose", adaptive_modes=["adaptive_token"], loop_counts=[4], overrides=(never,))
+    fixed, adaptive = (next(row for row in rows if row.loop_mode == mode) for mode in ("fixed", "adaptive_token"))
+    assert adaptive.stage_flops.recurrent == pytest.approx(fixed.stage_flops.recurrent)
+    assert adaptive.stage_flops.head > 3 * fixed.stage_flops.head
+    assert adaptive.stage_flops.coda / fixed.stage_flops.coda == adaptive.stage_flops.head / fixed.stage_flops.head
+
+
 def test_values_are_those_of_the_model(evaluate, place):
     rows = {(row.metric_name, row.loop_count): row for row in evaluate("prose")}
     from cognexis import CognexisTokenizer
@@ -153,12 +162,15 @@ def test_evaluation_goes_on_where_it_was_killed(evaluate, tmp_path, monkeypatch)
     ]
     evaluate("prose", loop_counts=[1, 2, 4])
     assert len(calls) == 5
+    lines = (tmp_path / "out" / "samples.jsonl").read_bytes().splitlines()
+    assert len(lines) == len(set(lines)) == 6  # two means at three depths
 
 
 def test_other_data_are_measured_anew(evaluate, tmp_path):
     once = evaluate("quiz")
-    (tmp_path / "one.jsonl").write_text(json.dumps({"question": "Who?", "choices": ["a", "b"], "answer": 0}))
-    again = evaluate(datasets=[{"name": "quiz", "type": "multiple_choice", "path": str(tmp_path / "one.jsonl")}])
+    others = [{"question": word, "choices": ["a", "b"], "answer": 0} for word in ("Who?", "What?")]
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(other) + "\n" for other in others))
+    again = evaluate(datasets=[{"name": "quiz", "type": "multiple_choice", "path": str(tmp_path / "two.jsonl")}])
     assert len(again) == 2 * len(once) and len({row.identity for row in again}) == len(again)
 
 

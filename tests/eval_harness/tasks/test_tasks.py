@@ -3,13 +3,18 @@
 import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 
+from cognexis.artifacts.run_config import load_run_config
 from cognexis.artifacts.run_config.other_sections import FILE_TYPES, GENERATED_TYPES, DatasetSettings
 from cognexis.artifacts.shipped_tokenizer import load_default_tokenizer
-from cognexis.errors import InvalidConfigError
+from cognexis.errors import BackendError, InvalidConfigError
+from cognexis.eval_harness.runner.encoding import encode_examples
+from cognexis.eval_harness.sandbox.choice import open_sandbox
 from cognexis.eval_harness.sandbox.outcome import CodeResult, SandboxOutcome
+from cognexis.eval_harness.scaling import text_rows
 from cognexis.eval_harness.tasks import code, overlap, registry
 from cognexis.eval_harness.tasks.protocol import Choice, ChoiceScores, Generation, Task, TokenScores, clip_at, spread
 from cognexis.eval_harness.tasks.registry import TASK_TYPES, TaskContext, build_task, register_task
@@ -179,7 +184,7 @@ def test_every_family_is_written_and_answered(build, family):
             if isinstance(example.request, Choice)
             else (example.request.prompt.split("\n\n"))
         )
-        assert shot != question and shot.startswith(question.split(" ")[0].rstrip("0123456789"))
+        assert not shot.startswith(question) and shot.startswith(question.split(" ")[0].rstrip("0123456789"))
         if isinstance(example.request, Choice):
             sums = [0.0] * len(example.request.choices)
             sums[example.reference] = 1.0
@@ -286,3 +291,24 @@ def test_generation_does_not_touch_the_global_random_state(build):
     expected = random.Random(5).random()
     build(type="recall")
     assert random.random() == expected
+
+
+def test_shipped_configuration_names_tasks_that_can_be_built(tokenizer, monkeypatch):
+    monkeypatch.setattr(text_rows, "HELD_OUT_CHARACTERS", 600_000)
+    config = load_run_config(Path(__file__).parents[3] / "configs" / "eval.yaml", "eval")
+    context = TaskContext(tokenizer, len(tokenizer), 1024, config.run.seed)
+    for dataset in config.evaluation.datasets:
+        task = build_task(dataset, context)
+        assert encode_examples(spread(task.examples(), 8), tokenizer, 1024), dataset.name
+
+
+@pytest.mark.slow
+def test_programs_run_in_a_real_sandbox(build, tmp_path):
+    try:
+        open_sandbox("auto")
+    except BackendError as error:
+        pytest.skip(str(error))
+    path = write(tmp_path / "c.jsonl", {"prompt": "def add(a, b):\n", "tests": "assert add(2, 3) == 5"})
+    task = build(type="code", path=path, options={"num_samples": 4, "temperature": 1.0})
+    answers = ["    return a + b", "    return 5 if a == 1 else 0", "    import os\n    os._exit(0)", "    return ("]
+    assert task.score(answers, task.examples()[0]) == {"pass_at_k": 0.25}
