@@ -26,11 +26,12 @@ def _deepest_norm(run: AblationRun) -> float | None:
     return norms[-1] if norms else None
 
 
-def difference_data(results: Sequence[AblationResult]) -> dict[str, Any]:
+def difference_data(plan: Plan, results: Sequence[AblationResult]) -> dict[str, Any]:
     """The differences of all experiments, largest loss first."""
     shown = [result for result in results if result.metric_delta is not None]
     shown.sort(key=lambda result: result.metric_delta or 0.0)
     return {
+        "metric": plan.file.metric,
         "experiments": [result.name for result in shown],
         "metric_delta": [result.metric_delta for result in shown],
         "interval": [1.96 * (result.metric_delta_error or 0.0) for result in shown],
@@ -58,12 +59,15 @@ def depth_data(plan: Plan, runs: Sequence[AblationRun]) -> dict[str, Any]:
 
 def pareto_data(plan: Plan, runs: Sequence[AblationRun]) -> dict[str, Any]:
     """Metric and compute of each experiment, whether it is on the front, and what could not be shown."""
-    points = []
+    points: list[dict[str, Any]] = []
+    by_last: set[str] = set()
     for experiment in plan.experiments:
         own = completed(runs, experiment.name)
         value = mean_or_none(run.metric_value for run in own)
         flops = mean_or_none(run.flops_per_token for run in own)
-        if value is not None and flops is not None:
+        if any(run.compared.loop_mode == "adaptive_sequence" for run in own if run.compared is not None):
+            by_last.add(experiment.name)
+        elif value is not None and flops is not None:
             points.append({"experiment": experiment.name, "flops_per_token": flops, "metric": value})
     used = [run.in_use for run in completed(runs, BASELINE) if run.in_use is not None]
     value = mean_or_none(use.value(plan.file.metric) for use in used)
@@ -79,6 +83,7 @@ def pareto_data(plan: Plan, runs: Sequence[AblationRun]) -> dict[str, Any]:
         for run in runs
         if run.experiment not in shown and run.status != AblationStatus.COMPLETED
     }
+    missing |= dict.fromkeys(sorted(by_last), "last tokens only")
     return {"metric": plan.file.metric, "points": points, "without_value": missing}
 
 

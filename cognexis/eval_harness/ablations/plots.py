@@ -19,15 +19,15 @@ def difference_picture(data: dict[str, Any]) -> bytes:
     figure = _figure(7.0, 1.4 + 0.34 * max(len(names), 1))
     axes = figure.subplots()
     colors = ["C3" if value < 0 else "C2" for value in data["metric_delta"]]
+    unit = "nats per token" if data["metric"] == "negative_log_likelihood" else "accuracy"
     bars = data["interval"] if any(data["interval"]) else None
     axes.barh(range(len(names)), data["metric_delta"], xerr=bars, color=colors, capsize=3)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.axvline(0, color="black", lw=0.8)
-    missing = [f"{name} ({status})" for name, status in data["without_value"].items()]
-    below = "\nwithout a value: " + ", ".join(missing) if missing else ""
     axes.set(
-        xlabel=f"difference from the baseline (left: worse without the part){below}", title="What each part is worth"
+        xlabel=f"difference from the baseline in {unit} (left: worse without the part){_left_out(data)}",
+        title="What each part is worth",
     )
     return _png(figure)
 
@@ -46,27 +46,24 @@ def depth_picture(data: dict[str, Any]) -> bytes:
     axes.set_xticks(sorted(ticks), [str(tick) for tick in sorted(ticks)])
     axes.minorticks_off()
     axes.set(xlabel="loops", ylabel=_WORDS["negative_log_likelihood"], title="Loss by depth")
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _legend_outside(axes)
     return _png(figure)
 
 
 def pareto_picture(data: dict[str, Any]) -> bytes:
-    """Metric against compute; the front is joined by a line."""
-    figure = _figure(7.0, 4.4)
+    """Metric against compute; dots on the front, which is joined by a line, and crosses behind it."""
+    figure = _figure(8.0, 4.4)
     axes = figure.subplots()
-    front = sorted((point["flops_per_token"], point["metric"]) for point in data["points"] if point["on_front"])
+    front = sorted((point["flops_per_token"] / 1e6, point["metric"]) for point in data["points"] if point["on_front"])
     if front:
-        axes.step(*zip(*front, strict=True), where="post", color="C0", lw=1, label="Pareto front")
-    for point in data["points"]:
-        place = (point["flops_per_token"], point["metric"])
-        axes.plot(*place, "o" if point["on_front"] else "x", color="C0" if point["on_front"] else "C7", ms=6)
-        axes.annotate(point["experiment"], place, xytext=(5, 4), textcoords="offset points", fontsize=7)
-    missing = [f"{name} ({status})" for name, status in data["without_value"].items()]
-    below = "\nwithout a value: " + ", ".join(missing) if missing else ""
-    axes.set(xlabel=f"FLOPs per token{below}", ylabel=_WORDS[data["metric"]], title="Quality and compute")
-    if front:
-        axes.legend(fontsize=8)
-    axes.margins(x=0.15)
+        axes.step(*zip(*front, strict=True), where="post", color="black", lw=1, label="Pareto front")
+    for index, point in enumerate(data["points"]):
+        marker = "o" if point["on_front"] else "x"
+        color = "black" if index == 0 else f"C{(index - 1) % 10}"
+        place = (point["flops_per_token"] / 1e6, point["metric"])
+        axes.plot(*place, marker, color=color, ms=7, label=point["experiment"])
+    axes.set(xlabel=f"MFLOPs per token{_left_out(data)}", ylabel=_WORDS[data["metric"]], title="Quality and compute")
+    _legend_outside(axes)
     return _png(figure)
 
 
@@ -86,6 +83,16 @@ def sweep_picture(data: dict[str, Any]) -> bytes:
             ylabel=_WORDS[data["metric_name"]] if name == "metric" else _AXES[name],
         )
     return _png(figure)
+
+
+def _left_out(data: dict[str, Any]) -> str:
+    """What has no point, in a line below the label of the axis."""
+    missing = [f"{name} ({reason})" for name, reason in data["without_value"].items()]
+    return "\nnot shown: " + ", ".join(missing) if missing else ""
+
+
+def _legend_outside(axes: Any) -> None:
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _tick(value: Any, status: str) -> str:

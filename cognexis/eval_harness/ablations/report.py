@@ -39,7 +39,7 @@ def _write_pictures(
     folder: Path, plan: Plan, runs: Sequence[AblationRun], results: Sequence[AblationResult]
 ) -> list[Path]:
     drawn: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], bytes]]] = {
-        "differences": (difference_data(results), difference_picture),
+        "differences": (difference_data(plan, results), difference_picture),
         "depths": (depth_data(plan, runs), depth_picture),
         "pareto": (pareto_data(plan, runs), pareto_picture),
     }

@@ -105,10 +105,11 @@ def test_points_that_another_one_beats_are_not_on_the_front():
     points = {"baseline": (3.0, 100.0), "cheap": (3.5, 50.0), "worse": (3.6, 60.0), "same": (3.0, 120.0)}
     plan = SimpleNamespace(
         file=SimpleNamespace(metric="negative_log_likelihood"),
-        experiments=[SimpleNamespace(name=name) for name in (*points, "broken")],
+        experiments=[SimpleNamespace(name=name) for name in (*points, "broken", "rows")],
     )
     runs = [run(name, 0, use(*values)) for name, values in points.items()]
     runs.append(run("broken", 0, status="unstable", detail="diverged"))
+    runs.append(run("rows", 0, use(None, 10.0, "adaptive_sequence", last=1.0), method="switched"))
     data = pareto_data(plan, runs)
     assert {point["experiment"]: point["on_front"] for point in data["points"]} == {
         "baseline": True,
@@ -116,4 +117,4 @@ def test_points_that_another_one_beats_are_not_on_the_front():
         "worse": False,
         "same": False,
     }
-    assert data["without_value"] == {"broken": "unstable"}
+    assert data["without_value"] == {"broken": "unstable", "rows": "last tokens only"}
