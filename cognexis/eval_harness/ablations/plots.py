@@ -51,14 +51,14 @@ def depth_picture(data: dict[str, Any]) -> bytes:
 
 
 def pareto_picture(data: dict[str, Any]) -> bytes:
-    """Metric against compute; dots on the front, which is joined by a line, and crosses behind it."""
+    """Metric against compute; dots and squares on the front, which is joined by a line, crosses behind it."""
     figure = _figure(8.0, 4.4)
     axes = figure.subplots()
     front = sorted((point["flops_per_token"] / 1e6, point["metric"]) for point in data["points"] if point["on_front"])
     if front:
         axes.step(*zip(*front, strict=True), where="post", color="black", lw=1, label="Pareto front")
     for index, point in enumerate(data["points"]):
-        marker = "o" if point["on_front"] else "x"
+        marker = ("o" if index <= 10 else "s") if point["on_front"] else ("x" if index <= 10 else "+")
         color = "black" if index == 0 else f"C{(index - 1) % 10}"
         place = (point["flops_per_token"] / 1e6, point["metric"])
         axes.plot(*place, marker, color=color, ms=7, label=point["experiment"])
