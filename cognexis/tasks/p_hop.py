@@ -6,7 +6,7 @@
 One hop is what an induction head does; p hops need p of them one after another, or a depth of about log2 p where hops
 are doubled. Neighbours differ, since a repeated token would be a hop to itself, and sequences whose p-th hop does not
 exist are drawn again, so every sequence has an answer. Source: C. Sanford, D. Hsu, M. Telgarsky, Transformers,
-Parallel Computation, and Logarithmic Depth, 2024, section 4, where the missing hop has an answer of its own.
+Parallel Computation, and Logarithmic Depth, 2024, where the missing hop has an answer of its own.
 Letters: S samples, T time.
 """
 

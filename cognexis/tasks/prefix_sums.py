@@ -5,7 +5,7 @@
 Every prefix has to be summed before the next number can be added, or the numbers have to be added as a tree; a model
 that cannot do either is at chance, 1 / m, since the last number makes every answer equally likely. With m = 2 it is
 the parity of bits. Source: A. Schwarzschild et al., Can You Learn an Algorithm? Generalizing from Easy to Hard
-Problems with Recurrent Networks, 2021, section 3.1, with m = 2 and an answer for every prefix.
+Problems with Recurrent Networks, 2021, with m = 2 and an answer for every prefix.
 """
 
 import torch

@@ -7,7 +7,7 @@ of constant depth cannot solve it at all lengths (unless TC0 = NC1), and a loope
 grows with log T. A permutation p is the tuple (p(1), ..., p(5)); the element of index i is the i-th of these in
 lexicographic order, so 0 is the identity. Source: D. Barrington, Bounded-width polynomial-size branching programs
 recognize exactly those languages in NC1, 1989; W. Merrill, J. Petty, A. Sabharwal, The Illusion of State in
-State-Space Models, 2024, section 5.
+State-Space Models, 2024.
 """
 
 import itertools
