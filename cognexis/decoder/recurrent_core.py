@@ -38,6 +38,7 @@ from cognexis.configuration_rules import has_time_state
 from cognexis.decoder.block import TransformerBlock
 from cognexis.decoder.block_stack import block_inputs, drawn_skip
 from cognexis.decoder.norm import build_norm, compute_dtype
+from cognexis.decoder.stability import all_finite
 from cognexis.decoder.state_layer import ForeignBlock, StateLayer, is_attention
 from cognexis.errors import InvalidConfigError
 from cognexis.looping.driver import LoopTrace
@@ -260,7 +261,7 @@ class RecurrentCore(nn.Module):
 
         def observe(observed: Tensor) -> None:
             if watch:
-                is_finite.append(torch.isfinite(observed.detach()).all())
+                is_finite.append(all_finite(observed.detach()))
             if record:
                 norms.append(observed.detach().float().norm(dim=-1).mean())
 

@@ -32,6 +32,13 @@ def residual_scale_report(core: Any, limit: float = 2.0) -> dict[str, tuple[floa
     return report
 
 
+def all_finite(states: Tensor) -> Tensor:
+    """Whether no value is NaN or infinite: a flag on the device. Both show in the extremes, found in one pass."""
+    if states.numel() == 0:
+        return torch.ones((), dtype=torch.bool, device=states.device)
+    return torch.isfinite(torch.stack(torch.aminmax(states))).all()
+
+
 def require_finite_states(is_finite: Tensor | None) -> None:
     """Raise if a flag of ``is_finite`` ``[L + 1]`` (entry 0 is the core's input) is False.
 

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from cognexis.decoder.stability import require_finite_states, residual_scale_report
+from cognexis.decoder.stability import all_finite, require_finite_states, residual_scale_report
 from cognexis.errors import BackendError, NonFiniteError
 from tests.batteries.tiny import tiny_config, tiny_model
 
@@ -68,3 +68,14 @@ def test_diagnostics_carry_the_learned_scales() -> None:
         model = tiny_model(tiny_config(recurrent_residual_mode=mode))
         diagnostics = model(ids, return_loop_stats=True).loop_diagnostics
         assert bool(diagnostics.residual_scales) == present
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_one_bad_value_anywhere_is_seen_and_extreme_ones_are_not(dtype):
+    states = torch.randn(2, 5, 7).to(dtype)
+    states[0, 0, 0], states[1, 1, 1] = torch.finfo(dtype).max, torch.finfo(dtype).min
+    assert all_finite(states) and all_finite(states[:0])
+    for value in (float("nan"), float("inf"), -float("inf")):
+        bad = states.clone()
+        bad[1, 4, 6] = value
+        assert not all_finite(bad)
