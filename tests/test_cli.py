@@ -22,7 +22,10 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = [
     *(["quickstart"], ["generate"], ["tokenize"], ["tokenizer"], ["tokenizer", "train"], ["tokenizer", "inspect"]),
     *(["inspect-checkpoint"], ["doctor"], ["config"], ["config", "check"], ["config", "resolve"]),
-    *(["config", "defaults"], ["config", "migrate"], ["config", "variants"]),
+    *(["config", "defaults"], ["config", "migrate"], ["config", "variants"], ["train"], ["ablate"]),
+    *(["scheduler", name] for name in ("collect", "fit", "calibrate", "report")),
+    *(["data", name] for name in ("build", "verify", "mix")),
+    *(["eval", *rest] for rest in ([], ["loop-scaling"], ["report"], ["data", "build"])),
 ]
 
 

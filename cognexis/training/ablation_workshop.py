@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cognexis.artifacts.run_config import RunConfig
 from cognexis.checkpoints.json_file import read_json, write_bytes, write_json
 from cognexis.errors import ArtifactMismatchError
 
 if TYPE_CHECKING:
+    from cognexis.artifacts.run_config import RunConfig
     from cognexis.training.pretrain import PretrainResult
 
 
@@ -59,7 +59,7 @@ class AblationWorkshop:
         write_json(marker, facts)
         return files
 
-    def train(self, config: RunConfig, *, use_cpu: bool) -> "PretrainResult":
+    def train(self, config: "RunConfig", *, use_cpu: bool) -> "PretrainResult":
         """Train, from the newest checkpoint of the configuration's folder if there is one."""
         from cognexis.training.pretrain import PretrainOrder, pretrain
 
