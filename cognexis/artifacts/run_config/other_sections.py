@@ -136,7 +136,7 @@ class EvaluationSection(Section):
         *("depth_efficiency_index", "loop_saturation_point", "overthinking_threshold"),
     )
     """metrics of cost that get rows of their own beside those of quality, and metrics of depth in the summary"""
-    saturation_definition: Literal["threshold", "max_dei", "baseline_argmax"] = "threshold"
+    saturation_definition: Literal["threshold", "max_dei", "baseline_argmax"] = "max_dei"
     """which loop saturation point is meant"""
     saturation_threshold: NotNegative = 0.0
     """depth efficiency below which another loop does not pay"""

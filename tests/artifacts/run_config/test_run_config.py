@@ -196,7 +196,7 @@ RULES: list[tuple[str, Any, dict[str, Any]]] = [
     ("training.data.sequence_length", 1, {}),
     ("training.data.sequence_length", 1024, TINY),  # packing needs 1025 positions
     ("training.data.document_boundary_attention", True, {"model": {"document_boundary_attention": False}}),
-    ("training.data.position_reset", "reset", nested("training.data.document_boundary_attention", False)),
+    ("training.data.position_reset", "reset", {**TINY, **nested("training.data.document_boundary_attention", False)}),
     ("training.batch.global_batch_tokens", 65_537, {}),
     *((f"training.loop_curriculum.{n}", 0, {}) for n in ("min_loops", "initial_max_loops", "target_max_loops", "cap")),
     *((f"training.loop_curriculum.{n}", -1, {}) for n in ("warmup_steps", "ramp_steps")),
