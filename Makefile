@@ -27,7 +27,7 @@ sh scripts/install_torch.sh $(1)/bin/python
 $(1)/bin/python -m pip install -qq --no-compile --constraint $(1)/pins.txt --editable '.$(2:%=[%])'
 endef
 
-.PHONY: quickstart venv sandbox test test-slow test-floor lint clean
+.PHONY: quickstart venv sandbox test test-slow test-floor acceptance lint clean
 
 quickstart: $(VENV)/installed-quickstart
 	$(VENV)/bin/python -m cognexis quickstart
@@ -57,6 +57,9 @@ test-floor: $(FLOOR)/installed-dev
 	$(FLOOR)/bin/python -m pytest -n $(WORKERS) tests/checkpoints tests/hub tests/integration \
 		tests/decoder/test_*cache*.py tests/decoder/test_*generation*.py tests/training/checkpointing \
 		tests/training/test_*.py tests/test_*.py
+
+acceptance: $(VENV)/installed-dev
+	$(VENV)/bin/python scripts/acceptance.py
 
 clean:
 	rm -rf $(VENV) $(FLOOR) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
