@@ -8,6 +8,7 @@ identity the file holds already is not written twice. One process at a time may 
 import fcntl
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -46,6 +47,19 @@ def read_rows(path: Path) -> list[ResultRow]:
             refuse("measures the same as an earlier line")
         rows[row.identity] = row
     return list(rows.values())
+
+
+def append_lines(path: Path, contents: Sequence[Any]) -> None:
+    """Add the lines of strict JSON that are not there yet, forced to disk; what a kill cut off is removed first."""
+    data = path.read_bytes() if path.is_file() else b""
+    if data and not data.endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)
+    known = set(data.split(b"\n")[:-1])
+    lines = [json.dumps(content, ensure_ascii=False, allow_nan=False).encode() for content in contents]
+    with open(path, "ab") as file:
+        file.write(b"".join(line + b"\n" for line in lines if line not in known))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class RowFile:

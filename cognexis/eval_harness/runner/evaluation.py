@@ -29,7 +29,7 @@ from cognexis.configuration_rules import nearest_name
 from cognexis.errors import CheckpointError, InvalidConfigError
 from cognexis.eval_harness.metrics.depth_results import DepthOptions
 from cognexis.eval_harness.metrics.names import MetricName
-from cognexis.eval_harness.result_files import RowFile
+from cognexis.eval_harness.result_files import RowFile, append_lines
 from cognexis.eval_harness.result_tables import write_csv, write_summary
 from cognexis.eval_harness.results import ResultRow, result_row
 from cognexis.eval_harness.runner.encoding import EncodedExample, encode_examples
@@ -49,7 +49,7 @@ from cognexis.eval_harness.runner.row_fields import (
     score_examples,
     standard_error,
 )
-from cognexis.eval_harness.runner.samples import append_lines, append_samples
+from cognexis.eval_harness.runner.samples import append_samples
 from cognexis.eval_harness.scaling.grid import default_grid
 from cognexis.eval_harness.tasks.protocol import Generation, Task, spread
 from cognexis.eval_harness.tasks.registry import TaskContext, build_task

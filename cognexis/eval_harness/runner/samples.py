@@ -6,25 +6,11 @@ the order of the examples, which is equal at every depth, so that differences be
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from cognexis.eval_harness.result_files import append_lines
 from cognexis.eval_harness.results import ResultRow
-
-
-def append_lines(path: Path, contents: Sequence[Any]) -> None:
-    """Add the lines of strict JSON that are not there yet, forced to disk; what a kill cut off is removed first."""
-    data = path.read_bytes() if path.is_file() else b""
-    if data and not data.endswith(b"\n"):
-        os.truncate(path, data.rfind(b"\n") + 1)
-    known = set(data.split(b"\n")[:-1])
-    lines = [json.dumps(content, ensure_ascii=False, allow_nan=False).encode() for content in contents]
-    with open(path, "ab") as file:
-        file.write(b"".join(line + b"\n" for line in lines if line not in known))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def append_samples(path: Path, rows: Sequence[ResultRow], scores: dict[str, list[float]]) -> None:

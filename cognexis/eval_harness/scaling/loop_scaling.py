@@ -19,7 +19,7 @@ from cognexis.artifacts.run_config import load_run_config, resolve, write_resolv
 from cognexis.checkpoints.json_file import read_json, write_json
 from cognexis.errors import CheckpointError, InvalidConfigError
 from cognexis.eval_harness.metrics.depth_results import DepthOptions
-from cognexis.eval_harness.result_files import RowFile, read_rows
+from cognexis.eval_harness.result_files import RowFile, append_lines, read_rows
 from cognexis.eval_harness.result_tables import write_csv, write_summary
 from cognexis.eval_harness.results import ResultRow
 from cognexis.eval_harness.scaling.depth_rows import DepthRows, planned_rows, rows_of_depth, shared_fields
@@ -30,7 +30,6 @@ from cognexis.eval_harness.scaling.study import study_curves
 from cognexis.eval_harness.scaling.study_files import (
     CONTINUATIONS,
     SAMPLES,
-    append_lines,
     read_continuations,
     read_samples,
     row_key,

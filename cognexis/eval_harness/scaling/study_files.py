@@ -3,12 +3,10 @@
     samples.jsonl         {"row": identity of a row, "scores": [...]}
     continuations.jsonl   {"row": identity of a row, "prompts": [...], "texts": [...]}
 
-A line is written whole and forced to disk. A line that a kill cut off is removed before the next is written and left
-out when reading; of repeated lines the last counts.
+A line that a kill cut off is left out; of repeated lines the last counts.
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,17 +22,6 @@ SAMPLES, CONTINUATIONS = "samples.jsonl", "continuations.jsonl"
 def row_key(row: ResultRow) -> str:
     """The identity of a row as text."""
     return json.dumps(row.identity)
-
-
-def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Add lines to a file that may end in half a line."""
-    if path.is_file() and (data := path.read_bytes()) and not data.endswith(b"\n"):
-        os.truncate(path, data.rfind(b"\n") + 1)
-    with open(path, "ab") as file:
-        for line in lines:
-            file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read_samples(path: Path, rows: Iterable[ResultRow]) -> Samples:
