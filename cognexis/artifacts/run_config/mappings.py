@@ -52,11 +52,14 @@ def training_arguments_of(config: RunConfig) -> dict[str, Any]:
 
 
 def loop_keywords_of(config: RunConfig) -> dict[str, Any]:
-    """The loop keywords of ``generate()`` that the inference section asks for."""
+    """The loop keywords of ``generate()`` that the inference section asks for.
+
+    Scheduler, tier and dependency belong to the adaptive modes; in fixed mode they stay in the section.
+    """
     inference = resolve(config).inference
-    names = ["loop_mode", "min_loops", "max_loops", "quality_tier", "halt_dependency"]
     is_adaptive = inference.loop_mode != "fixed"
-    keywords = {name: getattr(inference, name) for name in (*names, *(() if is_adaptive else ("num_loops",)))}
+    of_mode = ("quality_tier", "halt_dependency") if is_adaptive else ("num_loops",)
+    keywords = {name: getattr(inference, name) for name in ("loop_mode", "min_loops", "max_loops", *of_mode)}
     keywords |= inference.compute_budget.model_dump()
     keywords = {name: value for name, value in keywords.items() if value is not None}
     if is_adaptive:

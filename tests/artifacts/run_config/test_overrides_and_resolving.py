@@ -230,6 +230,8 @@ def test_loop_keywords_are_those_of_generate() -> None:
     }
     beyond = load_run_config(TINY, overrides=["inference.research_override=true", "inference.max_loops=16"])
     assert loop_keywords_of(beyond)["allow_extrapolation"] is True
+    waiting = {"inference": {"halt_dependency": "prefix", "quality_tier": "fast"}}
+    assert loop_keywords_of(load_run_config(TINY | waiting)) == loop_keywords_of(load_run_config(TINY))
 
 
 def test_loop_keywords_of_an_adaptive_mode_hold_the_scheduler_and_the_budgets() -> None:
