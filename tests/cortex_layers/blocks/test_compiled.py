@@ -27,7 +27,7 @@ from cognexis.cortex_layers.factory import build_cortex
 from tests.batteries.cell_properties import assert_same_state, randomised
 
 H = 8
-RESETS = torch.tensor([[0, 0, 1, 0, 0, 0], [1, 0, 0, 0, 1, 0]], dtype=torch.bool)
+RESETS = torch.tensor([[0, 0, 1, 0], [1, 0, 0, 1]], dtype=torch.bool)
 CELLS: dict[str, CellConfig] = {
     "agalite": AGaLiTeCellConfig(n_heads=2, eta=2),
     "axon": AxonConfig(),
@@ -36,15 +36,15 @@ CELLS: dict[str, CellConfig] = {
     "conv mixing": CausalConv1dConfig(channel_mixing=True),
     "gru": GRUCellConfig(),
     "lstm": LSTMCellConfig(),
-    "mlstm": mLSTMCellConfig(num_heads=2, chunk_size=4),
+    "mlstm": mLSTMCellConfig(num_heads=2, chunk_size=3),
     "slstm": sLSTMCellConfig(num_heads=2),
-    "xl": XLCellConfig(n_heads=2, mem_len=6),
-    "xl^": XLCellConfig(n_heads=2, mem_len=6, use_axon_qkv=True),
+    "xl": XLCellConfig(n_heads=2, mem_len=5),
+    "xl^": XLCellConfig(n_heads=2, mem_len=5, use_axon_qkv=True),
 }
 STACK = CortexStackConfig(
     d_hidden=H,
     blocks=[
-        PreUpBlockConfig(cell=mLSTMCellConfig(num_heads=2, chunk_size=4), proj_factor=1.0),
+        PreUpBlockConfig(cell=mLSTMCellConfig(num_heads=2, chunk_size=3), proj_factor=1.0),
         ColumnBlockConfig(
             experts=[PassThroughBlockConfig(cell=LSTMCellConfig()), PostUpBlockConfig(cell=CausalConv1dConfig())]
         ),
@@ -56,7 +56,7 @@ STACK = CortexStackConfig(
 def outcome(module, call, resets):
     """Output, state and gradients of two calls in a row."""
     module.zero_grad()
-    x = torch.randn(2, 6, H, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    x = torch.randn(2, 4, H, generator=torch.Generator().manual_seed(1)).requires_grad_()
     first, state = call(x, None, resets=resets)
     second, state = call(x, state, resets=resets)
     (first.sum() + (second * torch.arange(float(H))).sum()).backward()
