@@ -146,7 +146,7 @@ def _curve(axes: Any, study: CurveStudy, places: Sequence[float], index: int, *,
     name = _seed(study)
     if study.difference_errors:
         errors = [1.96 * study.difference_errors[row.loop_count] for row in study.rows]
-        name += f"\n95 % of the difference to {loops(study.rows[0].loop_count)}"
+        name += f"\n95 % interval of the difference to {loops(study.rows[0].loop_count)}"
     else:
         errors = [1.96 * (row.standard_error or 0.0) for row in study.rows]
         name += "\n95 % of the value" if any(errors) else ""
