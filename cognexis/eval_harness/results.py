@@ -6,7 +6,7 @@ one, whose mean depth stands in its diagnostics. Times are milliseconds; ``flops
 ``compute_unit``.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,6 +21,7 @@ _Name = Annotated[str, Field(min_length=1)]
 _Count = Annotated[int, Field(ge=0)]
 _Amount = Annotated[float, Field(ge=0)]
 _Numbers = Annotated[tuple[float | None, ...], BeforeValidator(_as_tuple)]
+_Model = TypeVar("_Model", bound=BaseModel)
 _STRICT = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
@@ -147,10 +148,19 @@ def result_row(content: dict[str, Any]) -> ResultRow:
     Raises:
         InvalidConfigError: lists every field that is missing, unknown, of the wrong type or out of range.
     """
+    return checked(ResultRow, content, "result row")
+
+
+def checked(kind: type[_Model], content: Any, name: str) -> _Model:
+    """``content`` as an object of ``kind``.
+
+    Raises:
+        InvalidConfigError: lists every field that is missing, unknown, of the wrong type or out of range.
+    """
     try:
-        return ResultRow.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
         faults = [
             ConfigFault(".".join(map(str, found["loc"])), found["input"], found["msg"]) for found in error.errors()
         ]
-        raise InvalidConfigError("result row: " + "; ".join(faults), faults=faults) from error
+        raise InvalidConfigError(f"{name}: " + "; ".join(faults), faults=faults) from error

@@ -17,8 +17,9 @@ from cognexis.errors import InvalidConfigError
 from cognexis.eval_harness.ablations.components import COMPONENTS, component
 from cognexis.eval_harness.ablations.overriding import merged, needs_training, nested, read_overrides
 from cognexis.eval_harness.ablations.plan_file import AblationFile
-from cognexis.eval_harness.ablations.records import ExperimentRecord, Method, checked
+from cognexis.eval_harness.ablations.records import ExperimentRecord, Method
 from cognexis.eval_harness.ablations.sweeps import expanded, sweep
+from cognexis.eval_harness.results import checked
 from cognexis.modeling_cognexis import CognexisForCausalLM
 
 BASELINE = "baseline"

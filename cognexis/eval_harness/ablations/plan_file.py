@@ -20,7 +20,8 @@ from cognexis.artifacts.run_config import RunConfig, apply_overrides, config_fro
 from cognexis.artifacts.run_config.documents import read_document
 from cognexis.errors import InvalidConfigError
 from cognexis.eval_harness.ablations.overriding import read_overrides
-from cognexis.eval_harness.ablations.records import STRICT, Seeds, StopCriteria, checked
+from cognexis.eval_harness.ablations.records import STRICT, Seeds, StopCriteria
+from cognexis.eval_harness.results import checked
 
 _Listed = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 _Text = Annotated[str, Field(min_length=1)]

@@ -7,13 +7,9 @@ Everything is strict: unknown keys, wrong types, NaN and infinity are refused.
 """
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from cognexis.errors import ConfigFault, InvalidConfigError
-
-_Model = TypeVar("_Model", bound=BaseModel)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class AblationStatus(StrEnum):
@@ -204,18 +200,3 @@ class AblationResult(BaseModel):
     non_finite_count: _Count = 0
     parameter_count: _Count | None = None
     notes: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
-
-
-def checked(kind: type[_Model], content: Any, name: str) -> _Model:
-    """``content`` as an object of ``kind``.
-
-    Raises:
-        InvalidConfigError: lists every field that is missing, unknown, of the wrong type or out of range.
-    """
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        faults = [
-            ConfigFault(".".join(map(str, found["loc"])), found["input"], found["msg"]) for found in error.errors()
-        ]
-        raise InvalidConfigError(f"{name}: " + "; ".join(faults), faults=faults) from None

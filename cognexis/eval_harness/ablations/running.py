@@ -15,7 +15,6 @@ What trains is handed in (``Workshop``), because evaluation and training do not 
 import fcntl
 import math
 import os
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,9 +30,11 @@ from cognexis.eval_harness.ablations.measuring import Measurement, held_out_rows
 from cognexis.eval_harness.ablations.overriding import merged
 from cognexis.eval_harness.ablations.plan import BASELINE, Experiment, Plan, config_checksum, make_plan
 from cognexis.eval_harness.ablations.plan_file import AblationFile, read_base, read_plan_file
-from cognexis.eval_harness.ablations.records import AblationRun, AblationStatus, Method, checked
+from cognexis.eval_harness.ablations.records import AblationRun, AblationStatus, Method
 from cognexis.eval_harness.ablations.report import write_results
 from cognexis.eval_harness.ablations.sweeps import folder_name
+from cognexis.eval_harness.results import checked
+from cognexis.eval_harness.runner.provenance import hardware
 from cognexis.modeling_cognexis import CognexisForCausalLM
 from cognexis.tokenization_cognexis import CognexisTokenizer
 
@@ -128,7 +129,7 @@ def run_ablations(order: AblationOrder, workshop: Workshop, report: Callable[[st
             file,
             base,
             order.config.parent,
-            hardware=_hardware(order.device),
+            hardware=hardware(_device(order.device)),
             only=order.only,
             seeds=order.seeds if order.checkpoint is None else (order.seeds or file.seeds)[:1],
             checkpoint=None if order.checkpoint is None else str(order.checkpoint),
@@ -238,7 +239,7 @@ def _measured(
     model_folder: Path, config: RunConfig, file: AblationFile, experiment: Experiment, device: str | None
 ) -> Measurement:
     model: Any = CognexisForCausalLM.from_pretrained(model_folder)
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    model.to(_device(device)).eval()
     tokenizer = CognexisTokenizer.from_pretrained(model_folder)
     rows = held_out_rows(config, tokenizer, file.row_length, file.max_rows)
     is_baseline, is_switched = experiment.name == BASELINE, experiment.record.method == Method.SWITCHED
@@ -282,10 +283,8 @@ def _line(run: AblationRun) -> str:
     )
 
 
-def _hardware(device: str | None) -> str:
-    if device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+def _device(name: str | None) -> torch.device:
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @contextmanager

@@ -58,3 +58,12 @@ def multiple_choice(scores: Sequence[float], answer: int) -> float:
         if math.isnan(score):
             raise InvalidConfigError(f"scores[{index}]={score!r}: must be a number")
     return float(max(range(len(scores)), key=lambda index: (scores[index], -index)) == answer)
+
+
+def standard_error(scores: Sequence[float]) -> float | None:
+    """Of the mean; None for fewer than two scores."""
+    count = len(scores)
+    if count < 2:
+        return None
+    mean = math.fsum(scores) / count
+    return math.sqrt(math.fsum((score - mean) ** 2 for score in scores) / (count - 1) / count)

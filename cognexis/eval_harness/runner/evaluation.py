@@ -28,6 +28,7 @@ from cognexis.checkpoints.json_file import write_json
 from cognexis.configuration_rules import nearest_name
 from cognexis.errors import CheckpointError, InvalidConfigError
 from cognexis.eval_harness.metrics.depth_results import DepthOptions
+from cognexis.eval_harness.metrics.matching import standard_error
 from cognexis.eval_harness.metrics.names import MetricName
 from cognexis.eval_harness.result_files import RowFile, append_lines
 from cognexis.eval_harness.result_tables import write_csv, write_summary
@@ -47,7 +48,6 @@ from cognexis.eval_harness.runner.row_fields import (
     metric_fields,
     quality,
     score_examples,
-    standard_error,
 )
 from cognexis.eval_harness.runner.samples import append_samples
 from cognexis.eval_harness.scaling.grid import default_grid
@@ -175,7 +175,7 @@ def _load(dataset: Any, index: int, order: EvaluationOrder, config: Any, model: 
         "task_version": f"{task.name} {task.version}, {len(examples)} examples {digest}",
         "prompt_format": task.prompt_format,
         "seed": config.run.seed,
-        "hardware": hardware(model),
+        "hardware": hardware(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "versions": versions(),
         "trained_max_loops": model.config.trained_max_loops,

@@ -5,7 +5,6 @@ import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,11 +12,12 @@ PACKAGE = Path(__file__).parents[2]
 _PACKAGES = ("cognexis", "torch", "transformers", "tokenizers", "numpy")
 
 
-def hardware(model: Any) -> str:
-    """Device that computes, in words."""
-    if model.device.type == "cuda":
-        return str(torch.cuda.get_device_name(model.device))
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+def hardware(device: torch.device) -> str:
+    """A device that computes, in words."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    count = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {count} thread{'s' * (count > 1)}"
 
 
 @cache

@@ -79,11 +79,6 @@ def quality(task: Task, scores: Mapping[str, Sequence[float]]) -> dict[str, floa
     return values | {name: function(means) for name, function in task.derived.items()}
 
 
-def standard_error(scores: Sequence[float]) -> float | None:
-    """Of the mean; None for fewer than two scores."""
-    return float(np.std(scores, ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else None
-
-
 def cost_fields(found: Execution, run: LoopRun, examples: Sequence[EncodedExample]) -> dict[str, Any]:
     """The columns of cost."""
     is_text = isinstance(examples[0].example.request, Likelihood)

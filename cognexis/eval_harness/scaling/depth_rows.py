@@ -5,8 +5,6 @@ A depth that fails (a state that is not finite, too little memory, no end in tim
 """
 
 import math
-import platform
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +13,9 @@ import torch
 from cognexis.errors import CognexisError
 from cognexis.eval_harness.compute import StageFlops, elementwise_flops, matmul_flops
 from cognexis.eval_harness.metrics.language import perplexity
-from cognexis.eval_harness.metrics.matching import mean_score
+from cognexis.eval_harness.metrics.matching import mean_score, standard_error
 from cognexis.eval_harness.results import ResultRow, result_row
+from cognexis.eval_harness.runner.provenance import hardware
 from cognexis.eval_harness.scaling.measure import DepthMeasurement, measure_depth, time_limited
 from cognexis.eval_harness.scaling.probes import continue_greedily, probe_depth, repetition_rate
 from cognexis.eval_harness.scaling.row_sources import ScalingRows
@@ -62,7 +61,7 @@ def shared_fields(model: Any, data: ScalingRows, depth: int) -> dict[str, Any]:
         "loop_mode": "fixed",
         "loop_count": depth,
         "num_examples": 0,
-        "hardware": _hardware(model),
+        "hardware": hardware(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "flops_mean": flops.total / data.length,
         "stage_flops": _per_token(flops, data.length),
@@ -108,7 +107,7 @@ def rows_of_depth(
     shared |= _measured(found) | probed | {"num_examples": len(data.ids), "non_finite_count": 0}
     made = []
     for name, value in values.items():
-        spread = {"standard_error": _standard_error(scores[name])} if name in scores else {}
+        spread = {"standard_error": standard_error(scores[name])} if name in scores else {}
         made.append(result_row({**shared, **_metric(name, value), **spread}))
     return DepthRows(made, scores, prompts, texts)
 
@@ -172,18 +171,3 @@ def _finite(value: float) -> float | None:
 
 def _per_token(flops: StageFlops, length: int) -> dict[str, float]:
     return {name: value / length for name, value in vars(flops).items()}
-
-
-def _standard_error(scores: Sequence[float]) -> float | None:
-    count = len(scores)
-    if count < 2:
-        return None
-    mean = math.fsum(scores) / count
-    return math.sqrt(math.fsum((score - mean) ** 2 for score in scores) / (count - 1) / count)
-
-
-def _hardware(model: Any) -> str:
-    if model.device.type == "cuda":
-        return str(torch.cuda.get_device_name(model.device))
-    count = torch.get_num_threads()
-    return f"{platform.machine()} CPU, {count} thread{'s' * (count > 1)}"

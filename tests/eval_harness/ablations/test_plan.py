@@ -8,8 +8,9 @@ from cognexis.errors import InvalidConfigError
 from cognexis.eval_harness.ablations.overriding import merged
 from cognexis.eval_harness.ablations.plan import BASELINE, make_plan, parameter_count
 from cognexis.eval_harness.ablations.plan_file import AblationFile, read_base, read_plan_file
-from cognexis.eval_harness.ablations.records import ExperimentRecord, StopCriteria, checked
+from cognexis.eval_harness.ablations.records import ExperimentRecord, StopCriteria
 from cognexis.eval_harness.ablations.sweeps import SWEEPS, expanded, folder_name
+from cognexis.eval_harness.results import checked
 from tests.eval_harness.ablations.test_components import BASE
 
 DATA = {"evaluation": {"datasets": [{"name": "text", "type": "language_modeling", "path": "x.txt"}]}}

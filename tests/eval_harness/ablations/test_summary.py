@@ -4,8 +4,9 @@ import pytest
 
 from cognexis.errors import InvalidConfigError
 from cognexis.eval_harness.ablations.plot_data import pareto_data
-from cognexis.eval_harness.ablations.records import AblationResult, AblationRun, ExperimentRecord, UsePoint, checked
+from cognexis.eval_harness.ablations.records import AblationResult, AblationRun, ExperimentRecord, UsePoint
 from cognexis.eval_harness.ablations.summary import result_of, summarize
+from cognexis.eval_harness.results import checked
 from tests.eval_harness.ablations.test_plan import RECORD
 
 
