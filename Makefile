@@ -51,6 +51,7 @@ test: lint sandbox
 # Exit status 5 means that no test carries the mark.
 test-slow: $(VENV)/installed-dev sandbox
 	$(VENV)/bin/python -m pytest -n $(WORKERS) -m "slow and not vllm" || [ $$? -eq 5 ]
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -m triton tests/kernels || [ $$? -eq 5 ]
 
 # What uses transformers, on the oldest one that pyproject.toml allows.
 test-floor: $(FLOOR)/installed-dev

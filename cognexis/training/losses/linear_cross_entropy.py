@@ -5,9 +5,10 @@
     dhidden = dz W,   dW = dz^T hidden,   db = sum_n dz_n
 
 Positions are taken in chunks; each chunk's logits live until its gradients are added up, which happens in the forward
-pass, so the backward pass only scales. Memory is that of one chunk instead of ``[B, T, V]``. Logits are computed in
-the dtype of the states (that of autocast where it is on), the softmax and all sums in at least float32. Second
-derivatives do not exist. Letters: B rows, T tokens, H hidden width, V vocabulary, N positions.
+pass, so the backward pass only scales; there they take the memory of the logits. Memory is that of one chunk instead
+of ``[B, T, V]``. Logits are computed in the dtype of the states (that of autocast where it is on), the softmax and all
+sums in at least float32. Second derivatives do not exist.
+Letters: B rows, T tokens, H hidden width, V vocabulary, N positions.
 """
 
 from typing import Any
@@ -19,9 +20,11 @@ from torch.autograd.function import once_differentiable
 from cognexis.decoder.loss import IGNORED_LABEL, check_labels, checked_loss_mask
 from cognexis.decoder.norm import compute_dtype
 from cognexis.errors import InvalidConfigError, ShapeMismatchError
+from cognexis.kernels.cross_entropy import cross_entropy_
+from cognexis.kernels.precision import no_autocast
 
-CHUNK_ELEMENTS = 2**25
-"""Logits of one chunk: 128 MiB in float32."""
+CHUNK_ELEMENTS = 2**27
+"""Logits of one chunk: 256 MiB in bfloat16."""
 
 
 def chunked_causal_lm_loss(
@@ -107,24 +110,17 @@ class _ChunkedLoss(torch.autograd.Function):
         d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs[1] else None
         d_bias = torch.zeros(bias.shape, dtype=wide, device=bias.device) if needs[2] and bias is not None else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        for start in range(0, hidden.shape[0], size):
-            part = slice(start, start + size)
-            logits = nn.functional.linear(hidden[part], weight, bias).to(wide)
-            target, share = targets[part, None], weights[part, None].to(wide)
-            normaliser = logits.logsumexp(dim=-1, keepdim=True)
-            # A position without weight stays out even where its logits are not finite.
-            total += torch.where(share > 0, share * (normaliser - logits.gather(-1, target)), 0).sum()
-            if not any(needs):
-                continue
-            d_logits = logits.sub_(normaliser).exp_()
-            d_logits.scatter_add_(-1, target, torch.full_like(share, -1.0))
-            d_logits = torch.where(share > 0, d_logits * share, 0).to(hidden.dtype)
-            if d_hidden is not None:
-                d_hidden[part] = d_logits @ weight
-            if d_weight is not None:
-                d_weight += d_logits.T @ hidden[part]
-            if d_bias is not None:
-                d_bias += d_logits.sum(dim=0)
+        with no_autocast(hidden):  # the caller has chosen the dtype
+            for start in range(0, hidden.shape[0], size):
+                part = slice(start, start + size)
+                logits = nn.functional.linear(hidden[part], weight, bias)
+                total += cross_entropy_(logits, targets[part], weights[part], with_gradient=any(needs)).sum()
+                if d_hidden is not None:
+                    d_hidden[part] = logits @ weight
+                if d_weight is not None:
+                    _add_product(d_weight, logits.T, hidden[part])
+                if d_bias is not None:
+                    d_bias += logits.sum(dim=0, dtype=wide)
         saved = (d_hidden, d_weight if d_weight is None else d_weight.to(weight.dtype), d_bias)
         ctx.save_for_backward(*saved)
         return total
@@ -134,3 +130,11 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         scaled = [None if saved is None else saved * gradient.to(saved.dtype) for saved in ctx.saved_tensors]
         return *scaled, None, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right; on a GPU the product is not rounded in between."""
+    if total.is_cuda and total.dtype != left.dtype:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
