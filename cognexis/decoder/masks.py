@@ -139,7 +139,12 @@ def build_masks(
     if "linear_attention" in kinds and isinstance(two_axes, Tensor) and two_axes.ndim == 2:
         masks["linear_attention"] = two_axes
     if "full_attention" in kinds:
-        masks["full_attention"] = create_causal_mask(**arguments)
+        is_plain = attention_mask is None and documents is None and past_key_values is None
+        if is_plain and "and_mask_function" not in arguments and config._attn_implementation == "sdpa":
+            # Its own causal kernels skip what is hidden. While compiling, transformers would make the whole mask.
+            masks["full_attention"] = None
+        else:
+            masks["full_attention"] = create_causal_mask(**arguments)
     if "sliding_attention" in kinds:
         if config.global_tokens:
             arguments["or_mask_function"] = _global_tokens(

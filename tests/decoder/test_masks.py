@@ -353,3 +353,24 @@ def test_finished_masks_are_used_as_they_are() -> None:
     narrow = causal.clone()
     narrow[..., 5, 0] = False
     assert not torch.allclose(model(ids, attention_mask=narrow).logits[:, 5], plain[:, 5], atol=1e-3)
+
+
+def test_compiled_plain_batch_leaves_causality_to_the_backend() -> None:
+    masks: list[Any] = []
+
+    def keep(graph: Any, inputs: Any) -> Any:
+        masks.extend(
+            node.kwargs
+            for node in graph.graph.nodes
+            if node.target is torch.nn.functional.scaled_dot_product_attention
+        )
+        return graph
+
+    torch._dynamo.reset()
+    model, ids = tiny_model(), torch.arange(3, 15)[None]
+    compiled = torch.compile(model, backend=keep, fullgraph=True)
+    logits = compiled(ids, num_loops=2, use_cache=False).logits
+    torch._dynamo.reset()
+    torch.testing.assert_close(logits, model(ids, num_loops=2).logits, rtol=1e-5, atol=1e-5)
+    assert len(masks) == model.config.num_prelude_blocks + 2 + model.config.num_coda_blocks
+    assert all(mask["is_causal"] is True and mask["attn_mask"] is None for mask in masks)
