@@ -1,18 +1,18 @@
 """TFLOP/s of training a looped model, beside a plain stack of equal depth and the machine's own matrix product.
 
-    python benchmarks/training_throughput.py [--size 300m] [--device auto] [--compile model] [--loops 8] [--rows 8]
-                                             [--length 2048] [--repeats 10] [--loss chunked] [--checkpoint-every 2]
+    python benchmarks/training_throughput.py [--size 300m] [--device auto] [--compile blocks model] [--loops 8]
+                     [--rows 16] [--length 1024] [--repeats 10] [--loss chunked] [--checkpoint-every 2]
 
 One run measures, in this order: that the fast paths compute what the plain ones do; the fastest matrix product of the
-dtype (the ceiling); forward and backward of the looped model and of the peer, a Llama of transformers with as many
-distinct blocks as the looped model applies; and a whole step with clipping and AdamW, without and with activation
-checkpointing every few loops. All use the same loss. The shares of the ceiling are the result.
+dtype (the ceiling); and for each form of compilation the looped model and the peer, a Llama of transformers with as
+many distinct blocks as the looped model applies: forward and backward, and a whole step with clipping and AdamW,
+without and (the looped model) with recomputation of every few loops. All use the same loss.
 
 Operations are those of ``cognexis.training.flops`` with half the positions in sight, since causal attention skips the
-other half; loops are counted, what checkpointing computes again is not. The time is the median of the repeats, each
-waiting for the device. ``--compile blocks`` compiles every block by itself, so that another loop count compiles
-nothing anew; ``model`` compiles the whole body for one loop count. Weights are bfloat16, or float32 under autocast
-with ``--weights fp32``.
+other half; loops are counted, what checkpointing computes again is not. The time is the median of the repeats, which
+follow each other without waiting. ``--compile blocks`` compiles parts that every loop count shares (for the peer: its
+blocks); ``model`` compiles the whole body, for one loop count. Weights are bfloat16, or float32 under autocast with
+``--weights fp32``.
 
 Writes ``benchmarks/results/training_throughput_<device>.md``, except for ``--size tiny``, which only shows that
 everything runs: a minute on a CPU.
@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cognexis import CognexisConfig, CognexisForCausalLM
 from cognexis.decoder.loss import causal_lm_loss
+from cognexis.training.activation_checkpointing import set_activation_checkpointing
+from cognexis.training.compilation import compile_for_training
 from cognexis.training.flops import step_flops
 from cognexis.training.losses.linear_cross_entropy import chunked_causal_lm_loss
 
@@ -45,6 +48,7 @@ SIZES: dict[str, dict[str, int]] = {
     "300m": {"hidden_size": 1536, "intermediate_size": 4096, "num_attention_heads": 12, "vocab_size": 32_768},
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "vocab_size": 512},
 }
+FORMS = ("none", "blocks", "model")
 BLOCKS = 4  # of the prelude, and of the coda
 
 
@@ -62,32 +66,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure training throughput.")
     parser.add_argument("--size", choices=list(SIZES), default="300m")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--compile", choices=("none", "blocks", "model"), default="model")
+    parser.add_argument("--compile", choices=FORMS, nargs="+", default=["blocks", "model"])
     parser.add_argument("--loss", choices=("chunked", "plain"), default="chunked")
     parser.add_argument("--weights", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--norm", choices=("sandwich", "none"), default="sandwich")
     parser.add_argument("--loops", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--checkpoint-every", type=int, default=2)
-    parser.add_argument("--matmul", type=int, default=None, help="edge of the ceiling's matrices")
+    parser.add_argument("--matmul", type=int, nargs="+", default=None, help="edges of the ceiling's matrices")
     arguments = parser.parse_args()
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     require_equal_results(device)
-    edge = arguments.matmul or (8192 if device == "cuda" else 512)
-    ceiling = matmul_rate(edge, device, arguments.repeats)
+    edges = arguments.matmul or ([4096, 8192] if device == "cuda" else [512])
+    ceilings = {edge: matmul_rate(edge, device, arguments.repeats) for edge in edges}
     rows = []
-    for build in (looped, peer):
-        subject = build(arguments, device)
-        rows += measure(subject, arguments, device, ceiling)
-        del subject
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    report = markdown(arguments, device, edge, ceiling, rows)
+    for form in arguments.compile:
+        for build in (looped, peer):
+            subject = build(arguments, device)
+            rows += measure(subject, form, arguments, device, max(ceilings.values()))
+            del subject
+            torch.compiler.reset()
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    report = markdown(arguments, device, ceilings, rows)
     print(report)
     if arguments.size == "tiny":
         return
@@ -143,7 +149,7 @@ def dtype_of(arguments: Any) -> torch.dtype:
     return torch.bfloat16 if arguments.weights == "bf16" else torch.float32
 
 
-def measure(subject: Subject, arguments: Any, device: str, ceiling: float) -> list[tuple[Any, ...]]:
+def measure(subject: Subject, form: str, arguments: Any, device: str, ceiling: float) -> list[tuple[Any, ...]]:
     """Rows (what, milliseconds, TFLOP/s, share of the ceiling, tokens per second, memory)."""
     tokens = arguments.rows * arguments.length
     shape = (arguments.rows, arguments.length)
@@ -156,13 +162,13 @@ def measure(subject: Subject, arguments: Any, device: str, ceiling: float) -> li
         seconds = median_seconds(action, device, arguments.repeats)
         memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if device == "cuda" else "-"
         rate = subject.flops / seconds / 1e12
-        name = f"{subject.name}: {what}"
+        name = f"{subject.name}, {form}: {what}"
         rows.append((name, 1000 * seconds, rate, rate / ceiling, tokens / seconds, memory))
         print(
             f"{name}: {1000 * seconds:.1f} ms, {rate:.1f} TFLOP/s, {rate / ceiling:.1%}", file=sys.stderr, flush=True
         )
 
-    backward = training_pass(subject, arguments, device, batch)
+    backward = training_pass(subject, form, arguments, device, batch)
     add("forward and backward", backward)
     optimizer = torch.optim.AdamW(subject.model.parameters(), lr=1e-5, fused=device == "cuda")
 
@@ -171,32 +177,32 @@ def measure(subject: Subject, arguments: Any, device: str, ceiling: float) -> li
             run()
             nn.utils.clip_grad_norm_(subject.model.parameters(), 1.0)
             optimizer.step()
-            optimizer.zero_grad()
 
         return whole
 
     add("whole step", step(backward))
     if isinstance(subject.model, CognexisForCausalLM) and arguments.checkpoint_every:
-        options = {"use_reentrant": False, "every_k_loops": arguments.checkpoint_every}
-        subject.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        set_activation_checkpointing(subject.model, recurrent=f"every_{arguments.checkpoint_every}_loops")
         torch.compiler.reset()
-        saving = training_pass(subject, arguments, device, batch)
-        add(f"whole step, checkpointing every {arguments.checkpoint_every} loops", step(saving))
+        saving = training_pass(subject, form, arguments, device, batch)
+        add(f"whole step, every {arguments.checkpoint_every} loops recomputed", step(saving))
     return rows
 
 
-def training_pass(subject: Subject, arguments: Any, device: str, batch: Tensor) -> Callable[[], None]:
-    """Forward and backward of one batch."""
+def training_pass(subject: Subject, form: str, arguments: Any, device: str, batch: Tensor) -> Callable[[], None]:
+    """Forward and backward of one batch, from no gradients."""
     body = subject.model.model
-    if arguments.compile == "model":
+    if form == "model":
         body = torch.compile(body)
-    elif arguments.compile == "blocks":
-        for module in subject.model.modules():
-            if type(module).__name__ in ("CognexisBlock", "TransformerBlock", "LlamaDecoderLayer"):
-                module.compile()
+    elif form == "blocks" and isinstance(subject.model, CognexisForCausalLM):
+        compile_for_training(subject.model)
+    elif form == "blocks":
+        for layer in body.layers:
+            layer.compile()
     autocast = arguments.weights == "fp32"
 
     def run() -> None:
+        subject.model.zero_grad()
         with torch.autocast(device, dtype=torch.bfloat16) if autocast else nullcontext():
             hidden = body(input_ids=batch, use_cache=False, return_dict=True, **subject.keywords).last_hidden_state
             loss = loss_of(arguments.loss, hidden, subject.model.lm_head, batch)
@@ -228,8 +234,9 @@ def require_equal_results(device: str) -> None:
     found = [gradients(subject.model.model, "chunked")]
     if device == "cuda":
         found.append(gradients(torch.compile(subject.model.model), "chunked"))
-    options = {"use_reentrant": False, "every_k_loops": 2}
-    subject.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        compile_for_training(subject.model)
+        found.append(gradients(subject.model.model, "chunked"))
+    set_activation_checkpointing(subject.model, recurrent="every_2_loops")
     found.append(gradients(subject.model.model, "chunked"))
     for values in found:
         for one, other in zip(values, expected, strict=True):
@@ -255,21 +262,26 @@ def median_seconds(action: Callable[[], None], device: str, repeats: int) -> flo
 
 
 def seconds_of(action: Callable[[], None], device: str, repeats: int) -> list[float]:
-    """Wall time of each repeat, after three that warm up."""
-    seconds = []
-    for repeat in range(repeats + 3):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
+    """Time of each repeat, after three that warm up; on a GPU they follow each other as the steps of a training do."""
+    for _ in range(3):
         action()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if repeat >= 3:
-            seconds.append(time.perf_counter() - start)
-    return seconds
+    if device != "cuda":
+        moments = [time.perf_counter()]
+        for _ in range(repeats):
+            action()
+            moments.append(time.perf_counter())
+        return [after - before for before, after in pairwise(moments)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    torch.cuda.synchronize()
+    events[0].record()
+    for event in events[1:]:
+        action()
+        event.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) / 1000 for before, after in pairwise(events)]
 
 
-def markdown(arguments: Any, device: str, edge: int, ceiling: float, rows: list[tuple[Any, ...]]) -> str:
+def markdown(arguments: Any, device: str, ceilings: dict[int, float], rows: list[tuple[Any, ...]]) -> str:
     place = (
         torch.cuda.get_device_name()
         if device == "cuda"
@@ -279,12 +291,14 @@ def markdown(arguments: Any, device: str, edge: int, ceiling: float, rows: list[
         "# Training throughput",
         "",
         f"{place}, torch {torch.__version__}; size {arguments.size}, {arguments.rows} rows of {arguments.length} "
-        f"tokens, {arguments.loops} loops, weights {arguments.weights}, compile {arguments.compile}, "
-        f"loss {arguments.loss}; medians of {arguments.repeats}.",
+        f"tokens, {arguments.loops} loops, weights {arguments.weights}, loss {arguments.loss}; "
+        f"medians of {arguments.repeats}.",
         "",
-        f"Ceiling, measured in the same run: {ceiling:.1f} TFLOP/s (matrix product of edge {edge}).",
+        "Matrix products, measured in the same run: "
+        + ", ".join(f"{rate:.1f} TFLOP/s at edge {edge}" for edge, rate in ceilings.items())
+        + ". The fastest is the ceiling.",
         "",
-        "| what | ms | TFLOP/s | of the ceiling | tokens/s | peak GiB |",
+        "| what, and what is compiled | ms | TFLOP/s | of the ceiling | tokens/s | peak GiB |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     lines += [

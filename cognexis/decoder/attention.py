@@ -195,7 +195,9 @@ class CognexisAttention(nn.Module):
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         cos, sin = position_embeddings
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        context, _ = self.sites[loop_index](
+        # Sites differ in their slot of a cache only. Naming one would compile the block anew for every loop.
+        is_same = past_key_values is None and self.training and torch.compiler.is_compiling()
+        context, _ = self.sites[0 if is_same else loop_index](
             query, key, value, attention_mask, past_key_values=past_key_values, memory=memory, **kwargs
         )
         return self.o_proj(context.reshape(*shape[:-2], -1))

@@ -72,8 +72,11 @@ class CoreOutput:
     num_probes: int = 0
 
 
-class LoopState(nn.Identity):
-    """Passes the state after each loop through; the place for hooks that observe the recurrence."""
+class LoopState(nn.Module):
+    """Passes the state after each loop through; the place for hooks that observe the recurrence and its gate."""
+
+    def forward(self, state: Tensor, gate: Tensor | None = None) -> Tensor:
+        return state
 
 
 class CoreGate(nn.Module):
@@ -112,6 +115,7 @@ class RecurrentCore(nn.Module):
 
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., Any]
+    _compiled_once: Callable[..., Any] | None = None
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -194,8 +198,33 @@ class RecurrentCore(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """One application of the core; returns the new state and the gate."""
-        if self.training and drawn_skip(self.config.recurrent_stochastic_depth):
+        if not self.training:
+            return self._once(state, h0, loop_index, masks, memories, resets, **kwargs)
+        if drawn_skip(self.config.recurrent_stochastic_depth):
             return state, None
+        once = self._once if self._compiled_once is None else self._compiled_once
+        return once(state, h0, loop_index, masks, memories, resets, **kwargs)
+
+    def compile_loop(self, **options: Any) -> None:
+        """Compile one application of the core, for training; the graphs serve every loop of every loop count.
+
+        Copies and pickles of this module are not compiled.
+        """
+        self._compiled_once = torch.compile(self._once, **options)
+
+    def __getstate__(self) -> Any:
+        return {**super().__getstate__(), "_compiled_once": None}  # it is bound to this very object
+
+    def _once(
+        self,
+        state: Tensor,
+        h0: Tensor,
+        loop_index: int,
+        masks: dict[str, Any],
+        memories: list[Any],
+        resets: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
         update = self.entered(state, h0)
         for block, layer_type, memory in zip(self.blocks, self.layer_types, memories, strict=True):
             own = block_inputs(layer_type, masks, resets) | ({} if memory is None else {"memory": memory})
@@ -220,7 +249,7 @@ class RecurrentCore(nn.Module):
         states, gates = [], []
         for loop_index in loops:
             state, gate = self.loop(state, h0, loop_index, **kwargs)
-            state = self.loop_state(state)
+            state = self.loop_state(state, gate)
             states.append(state)
             if record and self.gate is not None:  # a loop that stochastic depth skipped has no gate
                 skipped = state.new_full((), float("nan"), dtype=torch.float32)

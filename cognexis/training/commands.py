@@ -32,7 +32,7 @@ def train(
     report_to: Annotated[str, typer.Option(help="Trackers, with commas: tensorboard, trackio, wandb, ...")] = "",
     log_every: Annotated[int, typer.Option(help="Optimizer steps between log lines.")] = 10,
     spectral_every: Annotated[int, typer.Option(help="Steps between singular values of the core; 0: never.")] = 0,
-    compile_model: Annotated[bool, typer.Option("--compile", help="Compile the model.")] = False,
+    compile_model: Annotated[bool, typer.Option("--compile", help="Compile blocks and core of the model.")] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="Run on the CPU although there is a GPU.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar and no log lines.")] = False,
     on_save_error: Annotated[str, typer.Option(help="A checkpoint cannot be written: stop or continue.")] = "stop",

@@ -31,6 +31,7 @@ from cognexis.tokenization_cognexis import CognexisTokenizer
 from cognexis.training.activation_checkpointing import set_activation_checkpointing
 from cognexis.training.callbacks.console import show_progress
 from cognexis.training.checkpointing.retention import Retention
+from cognexis.training.compilation import compile_for_training
 from cognexis.training.curriculum import CurriculumSettings
 from cognexis.training.data.manifest import read_data_manifest
 from cognexis.training.data.opening import TokenData, open_data
@@ -55,7 +56,7 @@ class PretrainOrder:
         report_to: trackers by the names of transformers, such as "tensorboard" and "trackio".
         log_every: optimizer steps between log lines.
         spectral_every: optimizer steps between measurements of singular values; 0: never.
-        compile: compile the model with torch.compile.
+        compile: compile blocks and core with torch.compile; every loop count shares the graphs.
         use_cpu: run on the CPU although there is a GPU.
         show_progress: a progress bar and log lines on the terminal.
         on_save_error: "stop" or "continue" when a checkpoint cannot be written.
@@ -174,6 +175,8 @@ def build_trainer(source: str | Path | RunConfig, order: PretrainOrder) -> Cogne
     stages = {name: getattr(recomputation, name) for name in ("prelude", "recurrent", "coda")}
     if any(value != "none" for value in stages.values()):
         set_activation_checkpointing(model, **stages)
+    if order.compile:
+        compile_for_training(model)
     checkpoint = training.checkpoint
     trainer = CognexisTrainer(
         model=model,
@@ -237,7 +240,6 @@ def _arguments(config: RunConfig, order: PretrainOrder) -> dict[str, Any]:
         "report_to": list(order.report_to) or "none",
         "disable_tqdm": not order.show_progress,
         "use_cpu": order.use_cpu,
-        "torch_compile": order.compile,
         "include_num_input_tokens_seen": "all",
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": training.checkpoint.save_every_steps if evaluates else None,

@@ -89,20 +89,21 @@ def loops_observed(
             hook(loop, state, state - last[-1])
         last.append(state)
 
-    def visit_gate(module: Any, args: Any, gate: Tensor) -> None:
+    def visit_gate(module: Any, args: tuple[Any, ...], state: Tensor) -> None:
         nonlocal gates
+        gate = args[1]
+        if gate is None:  # there is none, or stochastic depth skipped the loop
+            return
         gates += 1
         for name, value in gate_statistics(gate.detach()).items():
             report(f"gate/{name}_{gates}", value)
 
-    gate = model.model.recurrent.gate
-    handles = [] if gate is None else [gate.register_forward_hook(visit_gate)]
+    handle = model.model.recurrent.loop_state.register_forward_hook(visit_gate)
     try:
         with loops_watched(model, visit, begin):
             yield
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
 
 
 def _mean(values: Tensor, is_real: Tensor | None) -> Tensor:
