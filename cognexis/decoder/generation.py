@@ -468,6 +468,10 @@ class LoopedGenerationMixin(_GenerationMixin):
             kwargs["model_kwargs"] = {k: v for k, v in kwargs["model_kwargs"].items() if k not in dropped}
         return super()._get_candidate_generator(*args, **kwargs)
 
+    def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
+        """As in transformers, but not for models that would fall into many small graphs."""
+        return self._can_compile_fullgraph and super()._valid_auto_compile_criteria(*args, **kwargs)
+
     @staticmethod
     def create_masks_for_generate(**kwargs: Any) -> dict[str, Any]:
         """Masks by layer type for compiled decoding."""

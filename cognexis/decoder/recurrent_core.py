@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.utils import ModelOutput
 
 from cognexis.configuration_rules import has_time_state
 from cognexis.decoder.block import TransformerBlock
@@ -46,8 +47,8 @@ from cognexis.looping.token_mask import HaltState
 
 
 @dataclass
-class CoreOutput:
-    """What the loops leave behind.
+class CoreOutput(ModelOutput):
+    """What the loops leave behind; of a kind whose tensors FSDP finds, since the core is a sharding unit.
 
     Attributes:
         hidden_states: ``[B, T, H]``, the state after the last loop.
@@ -58,18 +59,18 @@ class CoreOutput:
         halt: loops and halt reason of every token, where they may differ; None otherwise.
         trace: what happened by loop; None without recording and where all tokens run the same loops.
         computed_tokens: token positions computed, all loops together, where they may differ.
-        num_probes: times that coda and head were run to measure.
+        num_probes: times that coda and head were run to measure, where they may be; None otherwise.
     """
 
-    hidden_states: Tensor
-    states: tuple[Tensor, ...]
-    is_finite: Tensor | None
-    gate_mean: Tensor | None
-    norms: Tensor | None
+    hidden_states: Tensor | Any = None
+    states: tuple[Tensor, ...] | Any = None
+    is_finite: Tensor | None = None
+    gate_mean: Tensor | None = None
+    norms: Tensor | None = None
     halt: HaltState | None = None
     trace: LoopTrace | None = None
     computed_tokens: int | None = None
-    num_probes: int = 0
+    num_probes: int | None = None
 
 
 class LoopState(nn.Module):

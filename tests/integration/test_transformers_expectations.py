@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig
 
 from cognexis import (
     CognexisCache,
@@ -1045,6 +1045,17 @@ def test_generate_with_a_compiled_forward_reuses_its_graphs(counter):
     assert graphs <= 2  # prompt and single tokens
     model.generate(token_ids(seed=1), cache_implementation="static", **arguments)
     assert counter.frame_count == graphs
+
+
+@pytest.mark.parametrize("cell, compiles", [("axon", True), ("lstm", False)])
+def test_generation_compiles_models_that_are_one_graph_only(cell, compiles):
+    model = tiny_model(tiny_config(**overrides(cell, "core")))
+    everywhere = CompileConfig()
+    everywhere._compile_all_devices = True
+    cache = CognexisCache(model.config, "static", max_cache_len=16)
+    run(model, token_ids(), past_key_values=cache, num_loops=2)
+    request = GenerationConfig(compile_config=everywhere)
+    assert model._valid_auto_compile_criteria({"past_key_values": cache}, request) == compiles
 
 
 @pytest.mark.slow
