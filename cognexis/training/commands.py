@@ -5,6 +5,7 @@ was finished and saved; the same command then goes on.
 """
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +34,9 @@ def train(
     log_every: Annotated[int, typer.Option(help="Optimizer steps between log lines.")] = 10,
     spectral_every: Annotated[int, typer.Option(help="Steps between singular values of the core; 0: never.")] = 0,
     compile_model: Annotated[bool, typer.Option("--compile", help="Compile blocks and core of the model.")] = False,
+    full_determinism: Annotated[
+        bool, typer.Option("--full-determinism", help="The same bits on every run of a GPU too; slower.")
+    ] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="Run on the CPU although there is a GPU.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar and no log lines.")] = False,
     on_save_error: Annotated[str, typer.Option(help="A checkpoint cannot be written: stop or continue.")] = "stop",
@@ -49,12 +53,15 @@ def train(
         log_every=log_every,
         spectral_every=spectral_every,
         compile=compile_model,
+        full_determinism=full_determinism,
         use_cpu=cpu,
         show_progress=not quiet,
         on_save_error=on_save_error,
     )
     result: dict[str, Any] = asdict(pretrain(config, order))
-    if as_json:
+    if int(os.environ.get("RANK", "0")):
+        pass  # the first process speaks for all
+    elif as_json:
         print(json.dumps(result, indent=2))
     else:
         for name, value in result.items():

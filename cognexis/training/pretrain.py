@@ -57,6 +57,7 @@ class PretrainOrder:
         log_every: optimizer steps between log lines.
         spectral_every: optimizer steps between measurements of singular values; 0: never.
         compile: compile blocks and core with torch.compile; every loop count shares the graphs.
+        full_determinism: the same bits on every run of a GPU too, at the price of slower kernels.
         use_cpu: run on the CPU although there is a GPU.
         show_progress: a progress bar and log lines on the terminal.
         on_save_error: "stop" or "continue" when a checkpoint cannot be written.
@@ -69,6 +70,7 @@ class PretrainOrder:
     log_every: int = 10
     spectral_every: int = 0
     compile: bool = False
+    full_determinism: bool = False
     use_cpu: bool = False
     show_progress: bool = True
     on_save_error: str = "stop"
@@ -239,7 +241,8 @@ def _arguments(config: RunConfig, order: PretrainOrder) -> dict[str, Any]:
         "logging_first_step": True,
         "report_to": list(order.report_to) or "none",
         "disable_tqdm": not order.show_progress,
-        "use_cpu": order.use_cpu,
+        "full_determinism": order.full_determinism,
+        "use_cpu": order.use_cpu or not torch.accelerator.is_available(),
         "include_num_input_tokens_seen": "all",
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": training.checkpoint.save_every_steps if evaluates else None,

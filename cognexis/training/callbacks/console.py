@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.utils.logging import disable_progress_bar
 
 _SHOWN = {
     "loss": ("loss", ".4f"),
@@ -59,8 +60,10 @@ class ConsoleCallback(TrainerCallback):
 
 
 def show_progress(trainer: Trainer, wanted: bool) -> None:
-    """Put the short display in the place of the one of transformers, or none."""
+    """Put the short display in the place of the one of transformers, or none, not even of files being written."""
     for other in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(other)
     if wanted:
         trainer.add_callback(ConsoleCallback())
+    else:
+        disable_progress_bar()
