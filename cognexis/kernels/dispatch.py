@@ -1,5 +1,8 @@
 """The one place that chooses between the forms of an operation, and the one guarded import of Triton.
 
+``triton`` and ``tl`` of this module are None where Triton is not installed. They are imported with the first kernel,
+since that takes half a second.
+
 Each operation has a ``reference`` (a loop over time, the truth), a ``vectorised`` form (plain torch, the CPU and
 fallback path) and perhaps a ``triton`` kernel. ``COGNEXIS_KERNELS`` names one of them, or ``auto`` (the default):
 Triton where it can run, else vectorised. ``CORTEX_DISABLE_TRITON`` and ``CORTEX_FORCE_PYTORCH`` turn ``auto`` into
@@ -9,16 +12,12 @@ Triton where it can run, else vectorised. ``CORTEX_DISABLE_TRITON`` and ``CORTEX
 import functools
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 from cognexis.errors import BackendError, InvalidConfigError
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = tl = None
 
 FORMS = ("auto", "reference", "vectorised", "triton")
 _TRUE = frozenset({"1", "true", "yes"})
@@ -53,9 +52,27 @@ def requested_form() -> str:
     return "vectorised" if forbidden and form == "auto" else form
 
 
+def __getattr__(name: str) -> Any:
+    if name not in ("triton", "tl"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        triton = tl = None
+    globals().update(triton=triton, tl=tl)
+    return globals()[name]
+
+
+@functools.cache
+def triton_is_installed() -> bool:
+    """Whether there is a Triton to import."""
+    return find_spec("triton") is not None
+
+
 def triton_is_usable() -> bool:
     """Whether Triton can run at all: installed, and a CUDA device or the interpreter."""
-    return triton is not None and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1")
+    return triton_is_installed() and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def choose(op: str, x: torch.Tensor, refusal: str | None = "has no Triton kernel", form: str | None = None) -> Choice:
@@ -77,7 +94,7 @@ def choose(op: str, x: torch.Tensor, refusal: str | None = "has no Triton kernel
         return Choice(wanted, "asked for")
     objection = refusal
     if objection is None and not triton_is_usable():
-        objection = "Triton is not installed" if triton is None else "there is no CUDA device"
+        objection = "there is no CUDA device" if triton_is_installed() else "Triton is not installed"
     if objection is None and x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         objection = f"the input lies on {x.device}"
     if objection is None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cognexis.errors import BackendError, ShapeMismatchError
-from cognexis.kernels.cross_entropy import cross_entropy_, triton_form
+from cognexis.kernels.cross_entropy import cross_entropy_, triton_kernel
 from cognexis.kernels.dispatch import triton_is_usable
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,7 +34,7 @@ def of_torch(logits, targets, weights):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("positions, vocabulary", [(1, 1), (3, 2), (5, 37), (2, 512), (3, 1000)])
 def test_losses_and_gradient_are_those_of_torch(form, positions, vocabulary, monkeypatch):
-    monkeypatch.setattr(triton_form, "BLOCK", 256)  # the larger vocabularies take several blocks
+    monkeypatch.setattr(triton_kernel, "BLOCK", 256)  # the larger vocabularies take several blocks
     logits, targets, weights = problem(positions, vocabulary)
     losses, gradient = of_torch(logits, targets, weights)
     found = cross_entropy_(logits, targets, weights, form=form)
@@ -67,7 +67,7 @@ def test_without_gradient_the_logits_stay(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_hidden_logits_have_no_share_and_unweighted_positions_none_either(form, monkeypatch):
-    monkeypatch.setattr(triton_form, "BLOCK", 16)
+    monkeypatch.setattr(triton_kernel, "BLOCK", 16)
     logits, targets, weights = problem(5, 40)
     logits[:, :17] = -torch.inf  # all of the first block
     targets.fill_(20)

@@ -23,7 +23,7 @@ def _environment_is_read_again(monkeypatch):
 @pytest.fixture
 def triton(monkeypatch):
     """Triton as if it were installed and its interpreter on."""
-    monkeypatch.setattr(dispatch, "triton", object())
+    monkeypatch.setattr(dispatch, "triton_is_installed", lambda: True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
@@ -75,7 +75,7 @@ def test_triton_by_name_is_an_error_where_it_cannot_run(triton, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendError, match="there is no CUDA device"):
         choose("op", X, refusal=None)
-    monkeypatch.setattr(dispatch, "triton", None)
+    monkeypatch.setattr(dispatch, "triton_is_installed", lambda: False)
     with pytest.raises(BackendError, match="Triton is not installed"):
         choose("op", X, refusal=None)
 

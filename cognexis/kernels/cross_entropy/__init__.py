@@ -12,16 +12,9 @@ import torch
 from torch import Tensor
 
 from cognexis.errors import ShapeMismatchError
-from cognexis.kernels.cross_entropy.triton_form import cross_entropy_triton
 from cognexis.kernels.cross_entropy.vectorised import cross_entropy_vectorised
 from cognexis.kernels.dispatch import choose
 from cognexis.kernels.precision import wide_dtype
-
-_FORMS = {
-    "reference": cross_entropy_vectorised,
-    "vectorised": cross_entropy_vectorised,
-    "triton": cross_entropy_triton,
-}
 
 
 def cross_entropy_(
@@ -48,7 +41,12 @@ def cross_entropy_(
     if refusal is None and logits.stride(-1) != 1:
         refusal = "the logits of a position are not adjacent"
     chosen = choose("cross_entropy_", logits, refusal, form).form
-    return _FORMS[chosen](logits, targets, weights.to(wide_dtype(logits)), with_gradient)
+    arguments = (logits, targets, weights.to(wide_dtype(logits)), with_gradient)
+    if chosen == "triton":
+        from cognexis.kernels.cross_entropy.triton_kernel import cross_entropy_triton
+
+        return cross_entropy_triton(*arguments)
+    return cross_entropy_vectorised(*arguments)
 
 
 __all__ = ["cross_entropy_"]
