@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from cognexis.training.activation_checkpointing import set_activation_checkpointing
 from cognexis.training.callbacks.loop_statistics import loops_observed
 from cognexis.training.compilation import compile_for_training
 from tests.batteries.invariance import CONFIGURATIONS
@@ -43,7 +44,7 @@ def gradients(model, loops, ids=None):
 def test_all_loop_counts_share_graphs_and_gradients_stay(name, recomputed, counter):
     model = tiny_model(tiny_config(**{**CONFIGURATIONS[name], "max_loops": 8})).train()
     if recomputed:
-        model.activation_checkpointing_enable({"use_reentrant": False, "every_k_loops": 2})
+        set_activation_checkpointing(model, recurrent="every_2_loops")
     expected = {loops: gradients(model, loops) for loops in (1, 2, 3, 8)}
     assert (
         compile_for_training(model, backend=counter)

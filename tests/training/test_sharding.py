@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils._pytree import tree_flatten
 
+from cognexis.training.activation_checkpointing import set_activation_checkpointing
 from tests.batteries.interrupted_training import in_child
 from tests.batteries.tiny import tiny_config, tiny_model
 
@@ -40,7 +41,7 @@ def compare(rank, port, reshard, checkpointing):
     whole = [[gradients(model, ids, loops) for ids, loops in zip(batches, pair, strict=True)] for pair in depths]
     expected = [{name: (one[name] + two[name]) / 2 for name in one} for one, two in whole]
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False, "every_k_loops": 2})
+        set_activation_checkpointing(model, recurrent="every_2_loops")
     body = model.model
     for unit in (*body.prelude.blocks, *body.coda.blocks, body.recurrent, model):
         fully_shard(unit, mesh=mesh, reshard_after_forward=reshard)
