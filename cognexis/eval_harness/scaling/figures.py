@@ -13,6 +13,15 @@ _NEEDED_BY = "A loop-scaling report"
 _SCALES = ((1e12, "trillion "), (1e9, "billion "), (1e6, "million "), (1e3, "thousand "))
 
 
+def require_figures() -> None:
+    """Make sure that figures can be drawn.
+
+    Raises:
+        BackendError: matplotlib is not installed.
+    """
+    needed_package("matplotlib.figure", "matplotlib", _NEEDED_BY)
+
+
 def compute_unit(rows: Sequence[ResultRow]) -> tuple[float, str]:
     """A divisor that makes the compute of ``rows`` easy to read, and its unit in words."""
     largest = max((row.flops_mean or 0.0 for row in rows), default=0.0)

@@ -23,6 +23,7 @@ from cognexis.eval_harness.result_files import RowFile, append_lines, read_rows
 from cognexis.eval_harness.result_tables import write_csv, write_summary
 from cognexis.eval_harness.results import ResultRow
 from cognexis.eval_harness.scaling.depth_rows import DepthRows, planned_rows, rows_of_depth, shared_fields
+from cognexis.eval_harness.scaling.figures import require_figures
 from cognexis.eval_harness.scaling.grid import default_grid
 from cognexis.eval_harness.scaling.report import write_report
 from cognexis.eval_harness.scaling.row_sources import MEASURED_TYPES, is_measured, read_scaling_rows
@@ -75,7 +76,9 @@ def run_loop_scaling(order: LoopScalingOrder, report: Callable[[str], None]) -> 
     Raises:
         CheckpointError: the folder cannot be loaded.
         InvalidConfigError: a setting, a data set or a depth is wrong; nothing was measured.
+        BackendError: the package that draws the figures is missing; nothing was measured.
     """
+    require_figures()
     config = resolve(load_run_config(order.config, "eval", list(order.overrides)))
     section: Any = config.evaluation
     datasets = [dataset for dataset in section.datasets if is_measured(dataset)]

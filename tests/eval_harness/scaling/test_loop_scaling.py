@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 from cognexis import CognexisConfig, CognexisForCausalLM, CognexisTokenizer
 from cognexis.artifacts.tokenizer_training import train_tokenizer
 from cognexis.cli import app
-from cognexis.errors import CheckpointError, InvalidConfigError, NonFiniteError
+from cognexis.errors import BackendError, CheckpointError, InvalidConfigError, NonFiniteError
 from cognexis.eval_harness.compute import matmul_flops
 from cognexis.eval_harness.result_files import read_rows
 from cognexis.eval_harness.scaling import depth_rows, loop_scaling, measure, probes
@@ -342,3 +343,11 @@ def test_damaged_line_of_text_is_fatal(place, tmp_path, line, message):
 def test_folder_without_rows_has_no_report(tmp_path):
     result = CliRunner().invoke(app, ["eval", "report", str(tmp_path)])
     assert isinstance(result.exception, InvalidConfigError) and "holds no rows.jsonl" in str(result.exception)
+
+
+def test_a_missing_package_is_said_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    wanted = LoopScalingOrder(config=tmp_path / "no.yaml", checkpoint=tmp_path / "none", out=tmp_path / "report")
+    with pytest.raises(BackendError, match="A loop-scaling report needs the package matplotlib: pip install"):
+        run_loop_scaling(wanted, print)
+    assert not (tmp_path / "report").exists()
