@@ -1,7 +1,6 @@
-"""The one place that chooses between the forms of an operation, and the one guarded import of Triton.
+"""The one place that chooses between the forms of an operation.
 
-``triton`` and ``tl`` of this module are None where Triton is not installed. They are imported with the first kernel,
-since that takes half a second.
+Triton itself is imported with the first kernel that runs, since that takes half a second.
 
 Each operation has a ``reference`` (a loop over time, the truth), a ``vectorised`` form (plain torch, the CPU and
 fallback path) and perhaps a ``triton`` kernel. ``COGNEXIS_KERNELS`` names one of them, or ``auto`` (the default):
@@ -13,7 +12,6 @@ import functools
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 
@@ -50,18 +48,6 @@ def requested_form() -> str:
             f"COGNEXIS_KERNELS=triton contradicts {forbidden[0]}={os.environ[forbidden[0]]}", path="COGNEXIS_KERNELS"
         )
     return "vectorised" if forbidden and form == "auto" else form
-
-
-def __getattr__(name: str) -> Any:
-    if name not in ("triton", "tl"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        import triton
-        import triton.language as tl
-    except ImportError:
-        triton = tl = None
-    globals().update(triton=triton, tl=tl)
-    return globals()[name]
 
 
 @functools.cache

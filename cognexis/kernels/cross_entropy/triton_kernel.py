@@ -7,7 +7,11 @@ Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"
 import torch
 from torch import Tensor
 
-from cognexis.kernels.dispatch import tl, triton
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
 
 BLOCK = 8192
 _WARPS = 16
