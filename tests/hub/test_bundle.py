@@ -1028,3 +1028,10 @@ def test_cortex_layers_are_needed_where_a_stage_lists_them():
     assert not needs_cortex(config) and not needs_cortex(None)
     config.coda_layer_types = ["full_attention", "cortex"]
     assert needs_cortex(config)
+
+
+def test_files_of_cortex_models_can_be_merged():
+    files, plain = bundle_files(True), bundle_files()
+    assert plain.keys() <= files.keys() and any("cortex" in name for name in files.keys() - plain.keys())
+    for name, text in files.items():
+        compile(text, name, "exec")
