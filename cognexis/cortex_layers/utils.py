@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cognexis.kernels.dispatch import requested_form, triton
+from cognexis.kernels.dispatch import requested_form, triton_is_installed
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ BackendFunction = Callable[..., Any] | str
 
 def triton_available() -> bool:
     """Whether Triton is installed, has a CUDA device and is not switched off."""
-    return triton is not None and torch.cuda.is_available() and requested_form() in ("auto", "triton")
+    return triton_is_installed() and torch.cuda.is_available() and requested_form() in ("auto", "triton")
 
 
 TRITON_AVAILABLE = triton_available()

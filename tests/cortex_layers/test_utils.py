@@ -52,7 +52,7 @@ def test_cuda_extension_is_ignored_with_one_warning():
 @pytest.mark.parametrize("variable", ["CORTEX_DISABLE_TRITON", "CORTEX_FORCE_PYTORCH"])
 def test_triton_is_off_where_the_environment_says_so(variable, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(utils, "triton", object())
+    monkeypatch.setattr(utils, "triton_is_installed", lambda: True)
     monkeypatch.setenv(variable, "1")
     requested_form.cache_clear()
     try:
