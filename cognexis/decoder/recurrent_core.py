@@ -188,23 +188,13 @@ class RecurrentCore(nn.Module):
             return self.injection_proj(torch.cat((state, h0), dim=-1))
         return state
 
-    def loop(
-        self,
-        state: Tensor,
-        h0: Tensor,
-        loop_index: int,
-        masks: dict[str, Any],
-        memories: list[Any],
-        resets: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """One application of the core; returns the new state and the gate."""
-        if not self.training:
-            return self._once(state, h0, loop_index, masks, memories, resets, **kwargs)
-        if drawn_skip(self.config.recurrent_stochastic_depth):
+    def loop(self, state: Tensor, h0: Tensor, *inputs: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """One application of the core, with the arguments of ``_once``; returns the new state and the gate."""
+        if self.training and drawn_skip(self.config.recurrent_stochastic_depth):
             return state, None
-        once = self._once if self._compiled_once is None else self._compiled_once
-        return once(state, h0, loop_index, masks, memories, resets, **kwargs)
+        is_compiled = self.training and self._compiled_once is not None
+        once: Any = self._compiled_once if is_compiled else self._once
+        return once(state, h0, *inputs, **kwargs)
 
     def compile_loop(self, **options: Any) -> None:
         """Compile one application of the core, for training; the graphs serve every loop of every loop count.

@@ -59,11 +59,10 @@ def train(
         on_save_error=on_save_error,
     )
     result: dict[str, Any] = asdict(pretrain(config, order))
-    if int(os.environ.get("RANK", "0")):
-        pass  # the first process speaks for all
-    elif as_json:
+    is_first = os.environ.get("RANK", "0") == "0"  # it speaks for all
+    if is_first and as_json:
         print(json.dumps(result, indent=2))
-    else:
+    elif is_first:
         for name, value in result.items():
             print(f"{name}: {'-' if value is None else value}")
     if result["stop_signal"] is not None:

@@ -25,13 +25,11 @@ def compile_for_training(model: Any, **options: Any) -> int:
     """
     body = model.model if hasattr(model, "model") else model
     core = body.recurrent
-    parts: list[Any] = [m for m in body.modules() if isinstance(m, TransformerBlock)]
-    if all(isinstance(block, TransformerBlock) for block in core.blocks):
-        parts = [part for part in parts if part not in list(core.blocks)]
+    blocks: list[Any] = [module for module in body.modules() if isinstance(module, TransformerBlock)]
+    compiles_core = all(isinstance(block, TransformerBlock) for block in core.blocks)
+    if compiles_core:
         core.compile_loop(**options)
-        count = 1
-    else:
-        count = 0
-    for part in parts:
-        part.compile(**options)
-    return len(parts) + count
+        blocks = [block for block in blocks if block not in list(core.blocks)]
+    for block in blocks:
+        block.compile(**options)
+    return len(blocks) + compiles_core

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._pytree import tree_flatten
 
 from cognexis.training.activation_checkpointing import set_activation_checkpointing
-from tests.batteries.interrupted_training import in_child
+from tests.batteries.interrupted_training import in_child, wait_for
 from tests.batteries.tiny import tiny_config, tiny_model
 
 
@@ -59,4 +59,4 @@ def test_sharded_gradients_are_the_mean_of_the_ranks(reshard, checkpointing):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = [in_child(lambda rank=rank: compare(rank, port, reshard, checkpointing)) for rank in (0, 1)]
-    assert [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks] == [0, 0]
+    assert [wait_for(rank) for rank in ranks] == [0, 0]
